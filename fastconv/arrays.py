@@ -1,0 +1,249 @@
+"""Arrays: which library one belongs to, views of it that kernels can take, and fresh ones.
+
+The only module that knows other array libraries, and it imports none of them: an array of a library exists
+only where that library is imported already. To add a library, write one class like :class:`TorchArrays`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from . import config
+from .errors import ArgumentTypeError, DTypeError, UnsupportedError
+
+HALF = ("float16", "bfloat16")
+FLOATING = ("float32", "float64", *HALF)
+INTEGER8 = ("int8", "uint8")
+
+
+class NumpyArrays:
+    """numpy.ndarray, in place."""
+
+    name, device = "numpy", "cpu"
+
+    @staticmethod
+    def owns(value: Any) -> bool:
+        """Return True if `value` is an array of this library."""
+        return isinstance(value, np.ndarray)
+
+    @staticmethod
+    def adopt(name: str, value: Any) -> np.ndarray:
+        """Return an ndarray over the memory of `value`."""
+        return value.view(np.ndarray) if type(value) is not np.ndarray else value
+
+    @staticmethod
+    def give_back(result: np.ndarray) -> Any:
+        """Return the result as an array of this library."""
+        return result
+
+
+class TorchArrays:
+    """torch.Tensor on the CPU, sharing memory. Gradients flow through `fastconv.torch`, not here."""
+
+    name, device = "torch", "cpu"
+
+    @staticmethod
+    def owns(value: Any) -> bool:
+        """Return True if `value` is an array of this library."""
+        torch = sys.modules.get("torch")
+        return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)
+
+    @staticmethod
+    def adopt(name: str, value: Any) -> np.ndarray:
+        """Return an ndarray over the memory of `value`."""
+        if value.device.type != "cpu":
+            raise UnsupportedError(f"{name} is a tensor on {value.device}; there are no kernels for it yet")
+        if value.requires_grad:
+            raise ArgumentTypeError(
+                f"{name} is a tensor that requires grad; pass {name}.detach() and use the backward functions"
+            )
+        torch = sys.modules["torch"]
+        value = value.resolve_neg().resolve_conj()
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.uint16).numpy().view(_bfloat16())
+        return value.numpy()
+
+    @staticmethod
+    def give_back(result: np.ndarray) -> Any:
+        """Return the result as an array of this library."""
+        torch = sys.modules["torch"]
+        if result.dtype.name == "bfloat16":
+            return torch.from_numpy(result.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(result)
+
+
+class CupyArrays:
+    """cupy.ndarray: recognised so that the refusal says what is missing."""
+
+    name, device = "cupy", "cuda"
+
+    @staticmethod
+    def owns(value: Any) -> bool:
+        """Return True if `value` is an array of this library."""
+        cupy = sys.modules.get("cupy")
+        return cupy is not None and hasattr(cupy, "ndarray") and isinstance(value, cupy.ndarray)
+
+    @staticmethod
+    def adopt(name: str, value: Any) -> np.ndarray:
+        """Refuse: there are no CUDA kernels yet."""
+        raise UnsupportedError(f"{name} is a CuPy array; this version has no CUDA kernels yet")
+
+    @staticmethod
+    def give_back(result: np.ndarray) -> Any:
+        """Return the result as an array of this library."""
+        return result
+
+
+Library = type[NumpyArrays] | type[TorchArrays] | type[CupyArrays]
+LIBRARIES: tuple[Library, ...] = (NumpyArrays, TorchArrays, CupyArrays)
+
+
+def library_of(name: str, value: Any) -> Library:
+    """Return the library that `value` belongs to."""
+    for library in LIBRARIES:
+        if library.owns(value):
+            return library
+    raise ArgumentTypeError(
+        f"{name} must be a NumPy array, a CuPy array or a PyTorch tensor, not {type(value).__name__}"
+    )
+
+
+def adopt(**named: Any) -> tuple[Library, list[Any]]:
+    """Return the library that the arrays share and ndarrays over their memory; None stays None.
+
+    Examples
+    --------
+    >>> library, (x, bias) = adopt(x=np.zeros(3), bias=None)
+    >>> library.name, bias is None
+    ('numpy', True)
+    """
+    library: Library | None = None
+    first = ""
+    for name, value in named.items():
+        if value is None:
+            continue
+        found = library_of(name, value)
+        if library is None:
+            library, first = found, name
+        elif library is not found:
+            raise ArgumentTypeError(
+                f"{name} is an array of {found.name} but {first} is one of {library.name}; use one library"
+            )
+    assert library is not None, "an operation takes at least one array"
+    return library, [None if v is None else library.adopt(n, v) for n, v in named.items()]
+
+
+def require_array(name: str, value: Any) -> Any:
+    """Return `value`, or raise if an array that must be there is None."""
+    if value is None:
+        library_of(name, value)
+    return value
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Return the array in the machine's byte order, copied only if it is in the other."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_dtype(name: str, array: np.ndarray, allowed: tuple[str, ...]) -> None:
+    """Raise DTypeError unless the array's dtype is one of `allowed`."""
+    if array.dtype.name not in allowed:
+        raise DTypeError(f"{name} must have dtype {', '.join(allowed)}, not {array.dtype}")
+
+
+def check_same_dtype(name: str, array: np.ndarray, other: str, dtype: np.dtype) -> None:
+    """Raise DTypeError unless the array has the dtype of another."""
+    if array.dtype != dtype:
+        raise DTypeError(f"{name} has dtype {array.dtype}, but {other} has {dtype}; they must be the same")
+
+
+def compute_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype that arithmetic is done in: float32 for half types, int32 for 8-bit integers."""
+    if dtype.name in HALF:
+        return np.dtype(np.float32)
+    if dtype.name in INTEGER8:
+        return np.dtype(np.int32)
+    return dtype
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ImportError:
+        from .errors import MissingDependencyError
+
+        raise MissingDependencyError("bfloat16 tensors need ml_dtypes: pip install 'fastconv[bfloat16]'") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def empty(dimensions: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return a fresh C-contiguous array; with the option `poison`, full of NaN (of a large number for integers)."""
+    array = np.empty(dimensions, dtype)
+    if config.get("poison"):
+        array.fill(np.iinfo(array.dtype).max // 3 if array.dtype.kind in "iu" else np.nan)
+    return array
+
+
+def memory_format(array: np.ndarray, channel_axis_first: bool) -> str | None:
+    """Return how a logically (N, C, ...) or (N, ..., C) array lies in memory, or None if neither way.
+
+    Where both readings fit (one channel, one pixel), the array's own format wins.
+    """
+    formats = ("channels_first", "channels_last")
+    own, other = formats if channel_axis_first else formats[::-1]
+    if array.flags.c_contiguous:
+        return own
+    moved = np.moveaxis(array, 1, -1) if channel_axis_first else np.moveaxis(array, -1, 1)
+    return other if moved.flags.c_contiguous else None
+
+
+def in_format(array: np.ndarray, data_format: str, wanted: str, dtype: np.dtype) -> np.ndarray:
+    """Return a batched array of `data_format` as a C-contiguous one of the `wanted` format and dtype.
+
+    Copied only if its memory is not so already.
+    """
+    if data_format != wanted:
+        array = np.moveaxis(array, 1, -1) if data_format == "channels_first" else np.moveaxis(array, -1, 1)
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+        return array if array.flags.writeable else _unlocked(array)
+    fresh = empty(array.shape, dtype)
+    np.copyto(fresh, array, casting="same_kind")
+    return fresh
+
+
+class _Unlocked:
+    """Memory offered as writable; keeps its owner alive."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        self.owner = array
+
+
+def _unlocked(array: np.ndarray) -> np.ndarray:
+    """Return a writable view of a read-only array: kernels only read it, and compile once for both kinds."""
+    return np.asarray(_Unlocked(array))
+
+
+def out_format(array: np.ndarray, stored: str, data_format: str) -> np.ndarray:
+    """Return a view in `data_format` of a batched array stored in another."""
+    if stored == data_format:
+        return array
+    return np.moveaxis(array, -1, 1) if stored == "channels_last" else np.moveaxis(array, 1, -1)
+
+
+def lift(array: np.ndarray, data_format: str) -> np.ndarray:
+    """Return a batched C-contiguous array as one with three spatial dimensions, the missing ones of size 1."""
+    missing = 5 - array.ndim
+    if not missing:
+        return array
+    at = 2 if data_format == "channels_first" else 1
+    return array.reshape(array.shape[:at] + (1,) * missing + array.shape[at:])
+
+
+def overlap(out: np.ndarray, *inputs: np.ndarray | None) -> bool:
+    """Return True if `out` may share memory with an input."""
+    return any(a is not None and np.may_share_memory(out, a) for a in inputs)

@@ -1,0 +1,173 @@
+"""Options: a ``with options(...)`` block, before assigned values, before environment variables, before defaults.
+
+>>> import fastconv
+>>> with fastconv.options(workspace_limit=64 * 2**20, precision="high"):
+...     fastconv.config.workspace_limit
+67108864
+>>> fastconv.config.workspace_limit == fastconv.config.DEFAULTS["workspace_limit"]
+True
+
+A block holds for the current thread and asyncio task only (`contextvars`). ``fastconv.config.threads = 1``
+sets a value for the whole process.
+
+=================  ==========================  ==========  ====================================================
+option             environment variable        default     meaning
+=================  ==========================  ==========  ====================================================
+algorithm          FASTCONV_ALGORITHM          "auto"      algorithm of calls that do not name one
+precision          FASTCONV_PRECISION          "highest"   promise about float32 results: highest, high, medium
+workspace_limit    FASTCONV_WORKSPACE_LIMIT    2**30       bytes of workspace that one call may use
+threads            FASTCONV_THREADS            None        threads of one call; None: what Numba and BLAS choose
+poison             FASTCONV_POISON             False       fill fresh outputs and workspaces with NaN (debugging)
+=================  ==========================  ==========  ====================================================
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from .errors import ArgumentError, ArgumentTypeError
+
+PRECISIONS = ("highest", "high", "medium")
+
+DEFAULTS: dict[str, Any] = {
+    "algorithm": "auto",
+    "precision": "highest",
+    "workspace_limit": 2**30,
+    "threads": None,
+    "poison": False,
+}
+
+_scoped: ContextVar[dict[str, Any] | None] = ContextVar("fastconv_options", default=None)
+_assigned: dict[str, Any] = {}
+
+
+def _check_name(option: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{option} must be a string, not {value!r}")
+    return value
+
+
+def _check_precision(option: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in PRECISIONS:
+        kind = ArgumentError if isinstance(value, str) else ArgumentTypeError
+        raise kind(f"{option} must be one of {', '.join(map(repr, PRECISIONS))}, not {value!r}")
+    return value
+
+
+def _check_bytes(option: str, value: Any) -> int:
+    return _check_integer(option, value, minimum=0)
+
+
+def _check_threads(option: str, value: Any) -> int | None:
+    return None if value is None else _check_integer(option, value, minimum=1)
+
+
+def _check_integer(option: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentTypeError(f"{option} must be an integer, not {value!r}")
+    if value < minimum:
+        raise ArgumentError(f"{option} must be at least {minimum}, not {value!r}")
+    return int(value)
+
+
+def _check_flag(option: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{option} must be True or False, not {value!r}")
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "algorithm": _check_name,
+    "precision": _check_precision,
+    "workspace_limit": _check_bytes,
+    "threads": _check_threads,
+    "poison": _check_flag,
+}
+
+
+def _checked(option: str, value: Any) -> Any:
+    if option not in DEFAULTS:
+        raise ArgumentError(f"unknown option {option!r}; the options are {', '.join(DEFAULTS)}")
+    return _CHECKS[option](option, value)
+
+
+def _from_environment(option: str) -> Any:
+    variable = f"FASTCONV_{option.upper()}"
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    value: Any = text
+    if option in ("workspace_limit", "threads"):
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentError(f"{variable} must be an integer, not {text!r}") from None
+    elif option == "poison":
+        value = text.lower() not in ("0", "false", "no", "off")
+    return _CHECKS[option](variable, value)
+
+
+def get(option: str) -> Any:
+    """Return the value of an option as it stands for this thread now."""
+    scoped = _scoped.get()
+    if scoped is not None and option in scoped:
+        return scoped[option]
+    if option in _assigned:
+        return _assigned[option]
+    value = _from_environment(option)
+    return DEFAULTS[option] if value is None else value
+
+
+@contextmanager
+def options(**values: Any) -> Iterator[None]:
+    """Set options for the calls inside a ``with`` block, in this thread and task only.
+
+    Parameters
+    ----------
+    **values
+        Any of algorithm, precision, workspace_limit, threads, poison.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For an unknown option or a value that is not allowed.
+    """
+    checked = {option: _checked(option, value) for option, value in values.items()}
+    token = _scoped.set({**(_scoped.get() or {}), **checked})
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+class _ConfigModule(types.ModuleType):
+    """Let ``config.threads`` read an option and ``config.threads = 2`` check and set it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DEFAULTS:
+            return get(name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DEFAULTS:
+            _assigned[name] = _checked(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in DEFAULTS:
+            _assigned.pop(name, None)
+        else:
+            super().__delattr__(name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *DEFAULTS})
+
+
+sys.modules[__name__].__class__ = _ConfigModule

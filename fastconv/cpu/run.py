@@ -1,0 +1,289 @@
+"""Running on the CPU: from the caller's arrays to what kernels take, and back.
+
+Kernels take C-contiguous arrays of three spatial dimensions in float32, float64 or 32-bit integers. Here memory is
+laid out so (copied only if it is not so already), half precision is staged in float32, borders that copy the image
+are built, and results go to the caller's dtype, format and `out`.
+
+All arrays are batched ndarrays in the format of the geometry.
+"""
+
+import numpy as np
+from numba import prange
+
+from .. import arrays
+from ..arrays import compute_dtype, empty, in_format, lift, memory_format, out_format
+from . import epilogue, padding, pool
+from .compile import kernel
+
+
+def stored_format(array, data_format):
+    """Return the memory format to compute in: the one the array has, or else its own data format."""
+    return memory_format(array, data_format == "channels_first") or data_format
+
+
+def conv_forward(choice, geometry, stored, x, weight, bias, activation, out):
+    """Return activation(conv(x, weight) + bias), in `out` if that is given."""
+    g, inner = geometry, choice.geometry
+    dtype = inner.dtype
+    x = _operand(g, stored, x, dtype if g.dtype.kind not in "iu" else x.dtype)
+    if g.padding_mode != "zeros":
+        x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
+    weight = lift(
+        in_format(weight, "channels_first", "channels_first", weight.dtype if dtype.kind in "iu" else dtype),
+        "channels_first",
+    )
+    if bias is not None:
+        bias = np.ascontiguousarray(bias, dtype)
+    result, direct = _destination(g, stored, g.out_channels, g.output_size, dtype, out, (x, weight, bias))
+    choice.algorithm.implementation.forward(
+        inner, lift(x, stored), weight, bias, activation, lift(result, stored), _allocate(choice)
+    )
+    return _finish(g, stored, result, direct, out)
+
+
+def conv_input_grad(choice, geometry, stored, grad_output, weight, out=None, bias=None, activation=None):
+    """Return the gradient with respect to the input; as a transposed convolution, through bias and activation."""
+    g, inner = geometry, choice.geometry
+    dtype = inner.dtype
+    grad_output = lift(_operand(g, stored, grad_output, dtype), stored)
+    weight = lift(in_format(weight, "channels_first", "channels_first", dtype), "channels_first")
+    if bias is not None:
+        bias = np.ascontiguousarray(bias, dtype)
+    padded = g.padding_mode != "zeros"
+    result, direct = _destination(g, stored, g.in_channels, g.input_size, dtype, out, (grad_output, weight, bias))
+    target = empty(_shape(stored, g.batch, g.in_channels, g.padded_size), dtype) if padded else result
+    choice.algorithm.implementation.input_grad(inner, grad_output, weight, lift(target, stored), _allocate(choice))
+    if padded:
+        padding.fold_back(target, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1, result)
+    epilogue.apply(lift(result, stored), stored, bias, activation)
+    return _finish(g, stored, result, direct, out)
+
+
+def conv_weight_grad(choice, geometry, stored, grad_output, x):
+    """Return the gradient with respect to the weight."""
+    g, inner = geometry, choice.geometry
+    dtype = inner.dtype
+    x = _operand(g, stored, x, dtype)
+    if g.padding_mode != "zeros":
+        x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
+    grad_output = lift(_operand(g, stored, grad_output, dtype), stored)
+    result = empty(g.weight_shape, dtype)
+    choice.algorithm.implementation.weight_grad(
+        inner, grad_output, lift(x, stored), lift(result, "channels_first"), _allocate(choice)
+    )
+    return result if dtype == g.dtype else result.astype(g.dtype)
+
+
+def bias_grad(grad_output, data_format):
+    """Return the sum of the gradient over batch and space, added up in float64."""
+    stored = stored_format(grad_output, data_format)
+    dtype = compute_dtype(grad_output.dtype)
+    grad = in_format(grad_output, data_format, stored, dtype)
+    if stored == "channels_first":
+        grad = grad.reshape(*grad.shape[:2], -1, 1)
+    else:
+        grad = grad.reshape(grad.shape[0], 1, -1, grad.shape[-1])
+    # (N, C, L, 1) or (N, 1, L, C): one of the last axes is the channels.
+    result = empty((grad.shape[1] * grad.shape[3],), dtype)
+    _sum_pixels(grad, result)
+    return result if dtype == grad_output.dtype else result.astype(grad_output.dtype)
+
+
+@kernel
+def _sum_pixels(grad, result):
+    N, C, L, inner = grad.shape
+    for channel in prange(result.size):
+        c, i = channel // inner, channel % inner
+        total = 0.0
+        for n in range(N):
+            for pixel in range(L):
+                total += grad[n, c, pixel, i]
+        result[channel] = total
+
+
+def _operand(geometry, stored, array, dtype):
+    return in_format(array, geometry.data_format, stored, dtype)
+
+
+def _allocate(choice):
+    return {name: empty(b.shape, b.dtype) for name, b in choice.buffers.items() if b.owned}
+
+
+def _shape(stored, batch, channels, spatial):
+    return (batch, channels, *spatial) if stored == "channels_first" else (batch, *spatial, channels)
+
+
+def _destination(geometry, stored, channels, spatial, dtype, out, inputs):
+    """Return memory for the result, and whether it is that of `out`."""
+    if out is not None and out.dtype == dtype and not arrays.overlap(out, *inputs):
+        moved = out_format(out, geometry.data_format, stored)
+        if moved.flags.c_contiguous and moved.flags.aligned:
+            return moved, True
+    return empty(_shape(stored, geometry.batch, channels, spatial), dtype), False
+
+
+def _finish(geometry, stored, result, is_out, out):
+    """Return the result in the caller's format and dtype."""
+    if is_out:
+        return out
+    result = out_format(result, stored, geometry.data_format)
+    if out is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, result, casting="same_kind")
+        return out
+    if geometry.dtype.kind in "iu" or result.dtype == geometry.dtype:
+        return result
+    with np.errstate(over="ignore", invalid="ignore"):
+        return result.astype(geometry.dtype)
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------
+
+
+def _as_planes(array, data_format, stored, dtype):
+    """Return the array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
+    array = lift(in_format(array, data_format, stored, dtype), stored)
+    return _planes_of(array, stored)
+
+
+def _planes_of(lifted, stored):
+    if stored == "channels_last":
+        return lifted
+    N, C, *spatial = lifted.shape
+    return lifted.reshape(N * C, *spatial, 1)
+
+
+def _fresh(stored, batch, channels, spatial, dtype):
+    """Return a fresh batched array and the same memory as pooling kernels see it."""
+    array = empty(_shape(stored, batch, channels, spatial), dtype)
+    return array, _planes_of(lift(array, stored), stored)
+
+
+def _pool_dtype(dtype):
+    """Half types are staged in float32, which orders them the same; all others pool as they are."""
+    return np.dtype(np.float32) if dtype.name in arrays.HALF else dtype
+
+
+def _given_back(array, stored, data_format, dtype):
+    array = out_format(array, stored, data_format)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
+
+
+def max_pool(geometry, x, return_indices):
+    """Return (maxima, int64 indices or None)."""
+    g = geometry
+    stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
+    y, y_planes = _fresh(stored, g.batch, g.channels, g.output_size, dtype)
+    indices = index_planes = None
+    if return_indices:
+        indices, index_planes = _fresh(stored, g.batch, g.channels, g.output_size, np.int64)
+    pool.max_forward(_as_planes(x, g.data_format, stored, dtype), g.windows, y_planes, index_planes)
+    if indices is not None:
+        indices = out_format(indices, stored, g.data_format)
+    return _given_back(y, stored, g.data_format, x.dtype), indices
+
+
+def max_pool_backward(grad_output, indices, batch, channels, input_size, data_format):
+    """Return (gradient with respect to the input, whether all indices were inside the plane or -1)."""
+    stored, dtype = stored_format(grad_output, data_format), _pool_dtype(grad_output.dtype)
+    dx, planes = _fresh(stored, batch, channels, input_size, dtype)
+    grad = _as_planes(grad_output, data_format, stored, dtype)
+    where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
+    valid = pool.scatter_add(grad, where, planes)
+    return _given_back(dx, stored, data_format, grad_output.dtype), valid
+
+
+def max_unpool(x, indices, batch, channels, output_size, data_format):
+    """Return (values at their indices and 0 elsewhere, whether all indices were inside the plane)."""
+    stored, dtype = stored_format(x, data_format), _pool_dtype(x.dtype)
+    y, planes = _fresh(stored, batch, channels, output_size, dtype)
+    values = _as_planes(x, data_format, stored, dtype)
+    where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
+    valid = pool.scatter(values, where, planes)
+    return _given_back(y, stored, data_format, x.dtype), valid
+
+
+def max_unpool_backward(grad_output, indices, batch, channels, input_size, data_format):
+    """Return (gradient at each index, whether all indices were inside the plane)."""
+    stored, dtype = stored_format(grad_output, data_format), _pool_dtype(grad_output.dtype)
+    dx, planes = _fresh(stored, batch, channels, input_size, dtype)
+    grad = _as_planes(grad_output, data_format, stored, dtype)
+    where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
+    valid = pool.gather(grad, where, planes)
+    return _given_back(dx, stored, data_format, grad_output.dtype), valid
+
+
+def avg_pool(geometry, x, count_include_pad, divisor):
+    """Return the average of each window."""
+    g = geometry
+    stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
+    y, planes = _fresh(stored, g.batch, g.channels, g.output_size, dtype)
+    pool.average_forward(_as_planes(x, g.data_format, stored, dtype), g.windows, planes, count_include_pad, divisor)
+    return _given_back(y, stored, g.data_format, x.dtype)
+
+
+def avg_pool_backward(geometry, grad_output, count_include_pad, divisor):
+    """Return the gradient of the average with respect to its input."""
+    g = geometry
+    stored, dtype = stored_format(grad_output, g.data_format), _pool_dtype(grad_output.dtype)
+    dx, planes = _fresh(stored, g.batch, g.channels, g.input_size, dtype)
+    grad = _as_planes(grad_output, g.data_format, stored, dtype)
+    pool.average_backward(grad, g.windows, planes, count_include_pad, divisor)
+    return _given_back(dx, stored, g.data_format, grad_output.dtype)
+
+
+def lp_pool(geometry, x, power):
+    """Return (mean of |x|**power * prod(kernel)) ** (1/power) of each window."""
+    dtype = _pool_dtype(x.dtype)
+    magnitudes = np.abs(x, dtype=dtype)
+    if np.isinf(power):
+        sign = dtype.type(np.sign(power))
+        return (sign * max_pool(geometry, sign * magnitudes, False)[0]).astype(x.dtype, copy=False)
+    with np.errstate(all="ignore"):
+        norms = avg_pool(geometry, magnitudes ** dtype.type(power), True, 0)
+        norms = (norms * np.prod(geometry.kernel_size)) ** dtype.type(1 / power)
+        return norms.astype(x.dtype, copy=False)
+
+
+def lp_pool_backward(geometry, grad_output, x, power):
+    """Return d(lp_pool)/dx: sign(x) * |x|**(power - 1) * sum over windows of grad * norm**(1 - power)."""
+    dtype = _pool_dtype(x.dtype)
+    values, grad = x.astype(dtype), grad_output.astype(dtype)
+    norms = lp_pool(geometry, values, power)
+    with np.errstate(all="ignore"):
+        shares = np.where(norms == 0, 0, grad * norms ** dtype.type(1 - power)) * dtype.type(
+            np.prod(geometry.kernel_size)
+        )
+        dx = avg_pool_backward(geometry, shares.astype(dtype, copy=False), True, 0)
+        slopes = np.sign(values) * np.abs(values) ** dtype.type(power - 1)
+        # Where x is 0 and power below 1 the slope is infinite; the gradient is taken as 0 there, as for norm 0.
+        return (dx * np.where(values == 0, 0, slopes)).astype(x.dtype)
+
+
+# --- patches ---------------------------------------------------------------------------------------------------
+
+
+def unfold(geometry, x):
+    """Return the windows of x as columns: (N, C*prod(kernel), L)."""
+    from .im2col import im2col
+
+    inner = geometry.lifted("channels_first", compute_dtype(geometry.dtype))
+    x = lift(in_format(x, "channels_first", "channels_first", inner.dtype), "channels_first")
+    columns = empty((geometry.batch, 1, inner.reduction_length, int(np.prod(inner.output_size))), inner.dtype)
+    im2col(x, columns, 0, inner)
+    return _given_back(columns[:, 0], "channels_first", "channels_first", geometry.dtype)
+
+
+def fold(geometry, columns):
+    """Return the image whose pixels are the sums of the columns' elements: (N, C, *output_size)."""
+    from .im2col import col2im
+
+    inner = geometry.lifted("channels_first", compute_dtype(geometry.dtype))
+    columns = in_format(columns, "channels_first", "channels_first", inner.dtype)
+    image = empty((geometry.batch, geometry.in_channels, *geometry.input_size), inner.dtype)
+    image[...] = 0
+    col2im(columns[:, None], lift(image, "channels_first"), 0, inner)
+    return _given_back(image, "channels_first", "channels_first", geometry.dtype)

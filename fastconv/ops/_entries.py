@@ -1,0 +1,46 @@
+"""One N-dimensional core per operation; its 1-D, 2-D and 3-D names are made here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def entries(core: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return `core` with its first argument, the number of spatial dimensions, set to 1, 2 and 3.
+
+    The core's name and docstring hold "Nd" where the entries have "1d", "2d" or "3d".
+    """
+    one, two, three = (_entry(core, dims) for dims in (1, 2, 3))
+    return one, two, three
+
+
+def _entry(core: Callable[..., Any], dims: int) -> Callable[..., Any]:
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return core(dims, *args, **kwargs)
+
+    name = core.__name__.replace("Nd", f"{dims}d")
+    signature = inspect.signature(core)
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = "fastconv"
+    entry.__doc__ = (core.__doc__ or "").replace("Nd", f"{dims}d")
+    entry.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+    entry.__wrapped__ = core  # type: ignore[attr-defined]
+    return entry
+
+
+def runner(device: str) -> Any:
+    """Return the module that runs operations on a device."""
+    return import_module(f"fastconv.{device}.run")
+
+
+def batched(array: Any, is_batched: bool) -> Any:
+    """Return the array with a batch dimension."""
+    return array if is_batched else array[None]
+
+
+def as_given(array: Any, is_batched: bool) -> Any:
+    """Return the array without the batch dimension that :func:`batched` added."""
+    return array if is_batched else array[0]

@@ -1,0 +1,147 @@
+"""Algorithms: what can compute a convolution, on which device, for which geometry, at what cost.
+
+To add an algorithm, write one module per device and register one record. The module defines::
+
+    supports(geometry, direction) -> (bool, reason)
+    workspace(geometry, direction, limit) -> {name: Buffer}
+    seconds(geometry, direction, threads) -> float
+    forward(geometry, x, weight, bias, activation, out, workspace)
+    input_grad(geometry, grad_output, weight, out, workspace)
+    weight_grad(geometry, grad_output, x, out, workspace)
+
+`geometry` is lifted: three spatial dimensions, zero padding, and `data_format` and `dtype` those of the arrays,
+which are C-contiguous. `out` is fresh memory to be written whole. `workspace` holds one array per Buffer
+declared, so an algorithm has the memory it stated and no other. Modules load at first use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import config
+from .errors import ArgumentError, ArgumentTypeError
+from .geometry import ConvGeometry
+
+FAMILIES = ("direct", "im2col", "implicit_gemm", "winograd", "fft", "depthwise")
+
+
+class Buffer(NamedTuple):
+    """One array of workspace.
+
+    `owned` is False for memory that a library allocates by itself during the call: it is counted, not handed over.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    owned: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Support(NamedTuple):
+    """Whether an algorithm can compute a case, and if not, why."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to compute a convolution on one device.
+
+    Attributes
+    ----------
+    name : str
+        Such as "direct" or "winograd_f4x3"; `family` is the name without its variant.
+    device : str
+        "cpu" or "cuda".
+    module : str
+        Where its functions are.
+    precision : str
+        The strictest promise ("highest", "high", "medium") that its float32 results keep.
+    """
+
+    name: str
+    device: str
+    module: str
+    precision: str = "highest"
+
+    @property
+    def family(self) -> str:
+        """The name users may also give: "winograd" for "winograd_f4x3"."""
+        return next((f for f in FAMILIES if self.name == f or self.name.startswith(f + "_")), self.name)
+
+    @cached_property
+    def implementation(self) -> Any:
+        """The loaded module."""
+        return import_module(self.module)
+
+    def supports(self, geometry: ConvGeometry, direction: str = "forward") -> Support:
+        """Return whether this algorithm computes `geometry` in `direction`, and if not, why."""
+        return Support(*self.implementation.supports(geometry, direction))
+
+    def keeps(self, precision: str) -> bool:
+        """Return True if its results keep the promise of `precision`."""
+        return config.PRECISIONS.index(self.precision) <= config.PRECISIONS.index(precision)
+
+    def workspace(self, geometry: ConvGeometry, direction: str, limit: int) -> dict[str, Buffer]:
+        """Return the buffers it needs for a lifted geometry; some algorithms make do with less under a low `limit`."""
+        return self.implementation.workspace(geometry, direction, limit)
+
+    def seconds(self, geometry: ConvGeometry, direction: str, threads: int) -> float:
+        """Return the predicted time of one call, for a lifted geometry."""
+        return self.implementation.seconds(geometry, direction, threads)
+
+
+def workspace_bytes(buffers: dict[str, Buffer]) -> int:
+    """Return the size of all buffers together."""
+    return sum(buffer.nbytes for buffer in buffers.values())
+
+
+_algorithms: dict[tuple[str, str], Algorithm] = {}
+
+
+def register(algorithm: Algorithm) -> None:
+    """Add an algorithm; one of the same name and device is replaced."""
+    _algorithms[algorithm.device, algorithm.name] = algorithm
+
+
+def unregister(name: str, device: str) -> None:
+    """Remove an algorithm."""
+    _algorithms.pop((device, name), None)
+
+
+def on(device: str) -> list[Algorithm]:
+    """Return the algorithms of a device, in order of registration."""
+    return [a for a in _algorithms.values() if a.device == device]
+
+
+def named(name: Any, device: str) -> list[Algorithm]:
+    """Return the algorithms that `name` means on a device: all for "auto", a family's variants, or one.
+
+    The list is empty if the name is a known family that the device has no algorithm of.
+    """
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"algorithm must be a string, not {name!r}")
+    here = on(device)
+    if name == "auto":
+        return here
+    chosen = [a for a in here if a.name == name] or [a for a in here if a.family == name]
+    known = {a.name for a in _algorithms.values()} | set(FAMILIES)
+    if not chosen and name not in known:
+        names = dict.fromkeys(["auto", *FAMILIES, *(a.name for a in _algorithms.values())])
+        raise ArgumentError(f"algorithm must be one of {', '.join(map(repr, names))}, not {name!r}")
+    return chosen
+
+
+for _name in ("direct", "im2col", "fft"):
+    register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
