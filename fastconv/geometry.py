@@ -30,6 +30,7 @@ PADDING_MODES = ("zeros", "reflect", "symmetric", "replicate", "circular")
 PADDING_WORDS = ("valid", "same", "same_lower", "full")
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
 
+FLOAT32 = np.dtype(np.float32)
 _MAX_BYTES = 2**63 - 1
 
 
@@ -205,7 +206,7 @@ class ConvGeometry:
     groups: int = 1
     data_format: str = "channels_first"
     padding_mode: str = "zeros"
-    dtype: np.dtype = np.dtype(np.float32)
+    dtype: np.dtype = FLOAT32
     batched: bool = True
 
     @staticmethod
@@ -557,7 +558,7 @@ def _window_count(
     full: Sizes,
     ceil_mode: bool = False,
 ) -> Sizes:
-    """Output size; with `ceil_mode` a last, partial window counts if it starts inside the input or its front padding."""
+    """Count windows; with `ceil_mode` also a last, partial one that starts inside the input or its front padding."""
     result = []
     for n, k, s, (b, a), d in zip(input_size, kernel, stride, padding, dilation):
         room = n + b + a - (d * (k - 1) + 1)
@@ -777,9 +778,8 @@ def _pool_geometry(
     name: str,
 ) -> PoolGeometry:
     batched, batch, channels, input_size = _split_shape(name, x_shape, len(kernel), data_format)
-    plain = not isinstance(padding, str) and not isinstance(padding[0], tuple)
-    # PyTorch takes half the kernel, dilated or not.
-    if plain and any(p > k // 2 for p, k in zip(padding, kernel)):
+    # PyTorch takes half the kernel, dilated or not; a pair may be wider.
+    if not isinstance(padding, str) and any(isinstance(p, int) and p > k // 2 for p, k in zip(padding, kernel)):
         raise ArgumentError(
             f"padding must be at most half of kernel_size {kernel}, not {padding}; (before, after) pairs may be wider"
         )

@@ -7,9 +7,11 @@ where nothing can be written, kernels are compiled once per process.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import pickle
 import types
+import uuid
 import warnings
 from collections.abc import Callable
 from functools import cached_property, lru_cache, update_wrapper
@@ -17,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 from . import threads
 
@@ -38,6 +41,7 @@ class Kernel:
         KERNELS.append(self)
 
     def __call__(self, *args: Any) -> Any:
+        """Run on threads, or serially where there are none to be had."""
         if threads.must_run_serially():
             return self.serial(*args)
         return threads.launch(self.parallel, args)
@@ -100,42 +104,68 @@ class _DiskCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        plain = self._cache_file
-        self._cache_file = _CheckedCacheFile(
-            plain._cache_path, self._impl.filename_base, (plain._source_stamp, _sources_digest())
-        )
+        stamp = (numba.__version__, self._impl.locator.get_source_stamp(), _sources_digest())
+        self._cache_file: Any = _CacheFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None if there is none or it is damaged."""
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:
-            _warn_once(f"compiled kernels in {self.cache_path} are damaged ({error!r}); compiling again")
-            self._try(self.flush)
+            _warn_once(f"a compiled kernel in {self.cache_path} is damaged ({error!r}); compiling again")
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Save the compiled kernel, or warn that it cannot be."""
-        self._try(lambda: super(_DiskCache, self).save_overload(sig, data))
-
-    def _try(self, write: Callable[[], None]) -> None:
         try:
-            write()
+            super().save_overload(sig, data)
         except Exception as error:
             _warn_once(f"compiled kernels cannot be saved in {self.cache_path} ({error!r})")
 
 
-class _CheckedCacheFile(IndexDataCacheFile):
-    """Cache files whose data carries its digest: machine code with one bad bit must not run."""
+class _CacheFiles:
+    """One file per kernel and signature, which carries its own digest.
 
-    def _save_data(self, name: str, data: Any) -> None:
-        payload = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
+    Numba's index of numbered files can name the wrong one after a crash, a race or a flipped bit; here the name is
+    the signature's digest, and machine code that does not match its own is not run.
+    """
 
-    def _load_data(self, name: str) -> Any:
-        content = Path(self._data_path(name)).read_bytes()
-        payload = content[32:]
-        if hashlib.sha256(payload).digest() != content[:32]:
-            raise pickle.UnpicklingError(f"{name} does not match its digest")
+    def __init__(self, directory: str, base: str, stamp: tuple[Any, ...]) -> None:
+        self._directory, self._base = Path(directory), base
+        self._stamp = hashlib.sha256(repr(stamp).encode()).hexdigest()
+
+    def _path(self, key: Any) -> Path:
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()
+        return self._directory / f"{self._base}.{self._stamp[:12]}.{digest[:24]}.nbc"
+
+    def _digest(self, key: Any, payload: bytes) -> bytes:
+        return hashlib.sha256(repr((self._stamp, key)).encode() + payload).digest()
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved, or None."""
+        try:
+            content = self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, payload = content[:32], content[32:]
+        if digest != self._digest(key, payload):
+            raise pickle.UnpicklingError(f"{self._path(key).name} does not match its digest")
         return pickle.loads(payload)
+
+    def save(self, key: Any, data: Any) -> None:
+        """Write one file, in one step, and remove those of older sources."""
+        payload, path = dumps(data), self._path(key)
+        fresh = path.with_suffix(f".{uuid.uuid4().hex[:16]}.tmp")
+        try:
+            fresh.write_bytes(self._digest(key, payload) + payload)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+        for old in self._directory.glob(f"{glob.escape(self._base)}.*.nbc"):
+            if not old.name.startswith(f"{self._base}.{self._stamp[:12]}."):
+                old.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        """Remove every file of this kernel."""
+        for path in self._directory.glob(f"{glob.escape(self._base)}.*.nbc"):
+            path.unlink(missing_ok=True)

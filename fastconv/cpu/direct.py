@@ -331,7 +331,6 @@ def _weight_grad_tap(dy, x, t, r, s, stride, before, dilation):
     offset = s * dilation[2] - before[2]
     q0 = first_inside(offset, stride[2])
     q1 = end_inside(offset, stride[2], W, Q)
-    at = q0 * stride[2] + offset
     total = 0.0
     if q0 >= q1:
         return total
@@ -343,10 +342,14 @@ def _weight_grad_tap(dy, x, t, r, s, stride, before, dilation):
             h = p * stride[1] + r * dilation[1] - before[1]
             if h < 0 or h >= H:
                 continue
-            if stride[2] == 1:
-                total += _dot(dy[o, p, q0:q1], x[d, h, at : at + q1 - q0])
-            else:
-                total += _dot(dy[o, p, q0:q1], x[d, h, at :: stride[2]])
+            # The sum runs in as many lanes as a vector has, so its chains are that much shorter.
+            for start in range(q0, q1, 8 * CHAIN):
+                end = min(start + 8 * CHAIN, q1)
+                first = start * stride[2] + offset
+                if stride[2] == 1:
+                    total += _dot(dy[o, p, start:end], x[d, h, first : first + end - start])
+                else:
+                    total += _dot(dy[o, p, start:end], x[d, h, first :: stride[2]])
     return total
 
 
@@ -402,11 +405,12 @@ def _weight_grad_pixels(dy, x, tap, partial, total, first_filter, c, t, r, s, st
                 h = p * stride[1] + r * dilation[1] - before[1]
                 if h < 0 or h >= H:
                     continue
-                partial[:] = 0
-                for q in range(q0, q1):
-                    source = dy[n, o, p, q, first_filter : first_filter + tap.size]
-                    _add_scaled(partial, x[n, d, h, q * stride[2] + offset, c], source)
-                for k in range(tap.size):
-                    total[k] += partial[k]
+                for start in range(q0, q1, CHAIN):
+                    partial[:] = 0
+                    for q in range(start, min(start + CHAIN, q1)):
+                        source = dy[n, o, p, q, first_filter : first_filter + tap.size]
+                        _add_scaled(partial, x[n, d, h, q * stride[2] + offset, c], source)
+                    for k in range(tap.size):
+                        total[k] += partial[k]
     for k in range(tap.size):
         tap[k] = total[k]

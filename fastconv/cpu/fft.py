@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..registry import Buffer
-from . import epilogue, threads
+from . import blas, epilogue, threads
 
 _AXES = (1, 2, 3)
 
@@ -60,7 +60,8 @@ def workspace(geometry, direction, limit):
         rows, columns = sizes[name]
         buffers[name] = Buffer((rows, *length, columns), g.dtype)
         buffers[name + "_spectrum"] = Buffer((rows, *half, columns), complex_, owned=False)
-    return buffers
+    depth = {"forward": g.in_channels, "input_grad": g.out_channels}.get(direction, g.batch * g.groups) // g.groups
+    return buffers | blas.partial_buffer(depth, buffers["product"].shape, complex_)
 
 
 def _roles(direction):
@@ -99,7 +100,8 @@ def forward(geometry, x, weight, bias, activation, out, workspace):
     spectrum = _input_spectrum(g, x, workspace)
     kernel = _weight_spectrum(g, weight, workspace)
     np.conjugate(kernel, out=kernel)
-    _multiply(g, spectrum, kernel, workspace["product"])
+    C, K = g.in_channels // g.groups, g.out_channels // g.groups
+    _multiply(g, spectrum, kernel.reshape(C, -1, g.groups, K), workspace)
     result = _inverse(g, workspace["product"])
     _last(g, out)[...] = result[_every(g.output_size, g.stride)]
     epilogue.apply(out, g.data_format, bias, activation)
@@ -113,7 +115,7 @@ def input_grad(geometry, grad_output, weight, out, workspace):
     # The same product from the other side: filters are summed, channels remain.
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     swapped = kernel.reshape(C, -1, g.groups, K).transpose(3, 1, 2, 0)
-    _multiply_grouped(g, spectrum, swapped, workspace["product"])
+    _multiply(g, spectrum, swapped, workspace)
     _last(g, out)[...] = _inverse(g, workspace["product"])[_interior(g)]
 
 
@@ -128,7 +130,7 @@ def weight_grad(geometry, grad_output, x, out, workspace):
     # (F, G, C, K) = (F, G, C, N) @ (F, G, N, K)
     left = spectrum.reshape(g.batch, -1, g.groups, C).transpose(1, 2, 3, 0)
     right = grad.reshape(g.batch, -1, g.groups, K).transpose(1, 2, 0, 3)
-    _matmul(left, right, product.reshape(C, -1, g.groups, K).transpose(1, 2, 0, 3))
+    blas.matmul(left, right, product.reshape(C, -1, g.groups, K).transpose(1, 2, 0, 3), workspace)
     taps = _inverse(g, product)[_every(g.kernel_size, g.dilation)]
     # (C, T, R, S, G*K) -> (G*K, C, T, R, S)
     out[...] = taps.transpose(4, 0, 1, 2, 3)
@@ -176,24 +178,14 @@ def _inverse(g, product):
         return scipy.fft.irfftn(product, s=_lengths(g)[0], axes=_AXES, workers=threads.count())
 
 
-def _multiply(g, spectrum, kernel, out):
-    C, K = g.in_channels // g.groups, g.out_channels // g.groups
-    _multiply_grouped(g, spectrum, kernel.reshape(C, -1, g.groups, K).transpose(0, 1, 2, 3), out)
-
-
-def _multiply_grouped(g, spectrum, kernel, out):
+def _multiply(g, spectrum, kernel, workspace):
     """(N, F, G*K) = (N, F, G*C) by (C, F, G, K), summed over C, frequency by frequency and group by group."""
     C, K = kernel.shape[0], kernel.shape[3]
     left = spectrum.reshape(g.batch, -1, g.groups, C).transpose(1, 2, 0, 3)
-    target = out.reshape(g.batch, -1, g.groups, K).transpose(1, 2, 0, 3)
+    target = workspace["product"].reshape(g.batch, -1, g.groups, K).transpose(1, 2, 0, 3)
     if C == 1:
         with np.errstate(all="ignore"):
             # (F, G, N, K) = (F, G, N, 1) * (F, G, 1, K)
             np.multiply(left, kernel.transpose(1, 2, 0, 3), out=target)
     else:
-        _matmul(left, kernel.transpose(1, 2, 0, 3), target)
-
-
-def _matmul(a, b, out):
-    with threads.blas(), np.errstate(all="ignore"):
-        np.matmul(a, b, out=out)
+        blas.matmul(left, kernel.transpose(1, 2, 0, 3), target, workspace)

@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange
 
 from ..registry import Buffer
-from . import epilogue, threads
+from . import blas, epilogue
 from .compile import device, kernel
 from .direct import end_inside, first_inside
 
@@ -47,23 +47,39 @@ def workspace(geometry, direction, limit):
     """One block of columns (of one image or more), the packed weight or the sum of its gradient."""
     g = geometry
     buffers = {}
-    shape: tuple[int, ...]
     if direction == "weight_grad":
         buffers["product"] = Buffer((g.groups, *_weight_matrix(g)), g.dtype)
         buffers["sum"] = Buffer((g.groups, *_weight_matrix(g)), np.dtype(np.float64))
     elif g.data_format == "channels_last":
         buffers["packed"] = Buffer((g.groups, *_weight_matrix(g)), g.dtype)
     if not g.is_pointwise:
-        room = min(limit - sum(b.nbytes for b in buffers.values()), BLOCK_BYTES)
-        row = g.output_size[2] * g.reduction_length * g.dtype.itemsize
-        if g.data_format == "channels_first":
-            images, rows = _split(g.batch, g.output_size[0] * g.output_size[1], row * g.groups, room)
-            shape = (images, g.groups, g.reduction_length, rows * g.output_size[2])
-        else:
-            rows = max(min(room // row if row else 1, g.batch * g.output_size[0] * g.output_size[1]), 1)
-            shape = (rows * g.output_size[2], g.reduction_length)
-        buffers["columns"] = Buffer(shape, g.dtype)
+        buffers["columns"] = Buffer(_columns_shape(g, limit - sum(b.nbytes for b in buffers.values())), g.dtype)
+    depth = g.reduction_length if direction == "forward" else g.out_channels // g.groups
+    if direction != "weight_grad":
+        buffers |= blas.partial_buffer(depth, _product_shape(g, direction, buffers.get("columns")), g.dtype)
     return buffers
+
+
+def _columns_shape(g, room):
+    """As many whole images, or else rows of one, as fit; at least one row. (N, G, CTRS, L) or (L, TRSC)."""
+    room = min(room, BLOCK_BYTES)
+    row = g.output_size[2] * g.reduction_length * g.dtype.itemsize
+    rows_per_image = g.output_size[0] * g.output_size[1]
+    if g.data_format == "channels_first":
+        images, rows = _split(g.batch, rows_per_image, row * g.groups, room)
+        return images, g.groups, g.reduction_length, rows * g.output_size[2]
+    rows = max(min(room // max(row, 1), g.batch * rows_per_image), 1)
+    return rows * g.output_size[2], g.reduction_length
+
+
+def _product_shape(g, direction, columns):
+    """Elements that one product writes: a block of the output, or of columns."""
+    if columns is None:
+        return (g.batch, g.out_channels if direction == "forward" else g.in_channels, math.prod(g.output_size))
+    if direction == "input_grad":
+        return columns.shape
+    pixels = columns.shape[0] * (columns.shape[3] if g.data_format == "channels_first" else 1)
+    return (pixels, g.out_channels)
 
 
 def _split(batch, rows_per_image, row_bytes, room):
@@ -88,13 +104,13 @@ def forward(geometry, x, weight, bias, activation, out, workspace):
         matrix = weight.reshape(g.groups, -1, g.reduction_length)
         for images, rows, columns in _column_blocks(g, x, workspace):
             # (N, G, K, L) = (G, K, CTRS) @ (N, G, CTRS, L)
-            _matmul(matrix, columns, _rows_of(g, out, images, rows))
+            blas.matmul(matrix, columns, _rows_of(g, out, images, rows), workspace)
     else:
         matrix = _pack(g, weight, workspace["packed"])
         for group in range(g.groups):
             for rows, columns in _column_blocks_last(g, x, group, workspace):
                 # (L, K) = (L, TRSC) @ (TRSC, K)
-                _matmul(columns, matrix[group], _pixels_of(g, out, group, rows))
+                blas.matmul(columns, matrix[group], _pixels_of(g, out, group, rows), workspace)
     epilogue.apply(out, g.data_format, bias, activation)
 
 
@@ -109,7 +125,7 @@ def input_grad(geometry, grad_output, weight, out, workspace):
         for images, rows in _blocks(g, workspace):
             columns = _columns_for(g, out, images, rows, workspace)
             # (N, G, CTRS, L) = (G, CTRS, K) @ (N, G, K, L)
-            _matmul(matrix, _rows_of(g, grad_output, images, rows), columns)
+            blas.matmul(matrix, _rows_of(g, grad_output, images, rows), columns, workspace)
             if not g.is_pointwise:
                 col2im(columns, out[images], rows.start, g)
     else:
@@ -118,7 +134,7 @@ def input_grad(geometry, grad_output, weight, out, workspace):
             for rows in _blocks_last(g, workspace):
                 columns = _columns_for_last(g, out, group, rows, workspace)
                 # (L, TRSC) = (L, K) @ (K, TRSC)
-                _matmul(_pixels_of(g, grad_output, group, rows), matrix[group].T, columns)
+                blas.matmul(_pixels_of(g, grad_output, group, rows), matrix[group].T, columns, workspace)
                 if not g.is_pointwise:
                     _col2im_last(columns, out, group, rows.start, *_window(g))
 
@@ -131,24 +147,28 @@ def weight_grad(geometry, grad_output, x, out, workspace):
         for images, rows, columns in _column_blocks(g, x, workspace):
             grads = _rows_of(g, grad_output, images, rows)
             for n in range(len(grads)):
-                # (G, K, CTRS) = (G, K, L) @ (G, L, CTRS)
-                _matmul(grads[n], columns[n].transpose(0, 2, 1), product)
-                np.add(total, product, out=total)
+                for part in _chains(columns.shape[-1], product):
+                    # (G, K, CTRS) = (G, K, L) @ (G, L, CTRS)
+                    blas.matmul(grads[n][..., part], columns[n][..., part].transpose(0, 2, 1), product, workspace)
+                    np.add(total, product, out=total)
         out.reshape(total.shape)[...] = total
         return
     for group in range(g.groups):
         for rows, columns in _column_blocks_last(g, x, group, workspace):
-            # (TRSC, K) = (TRSC, L) @ (L, K)
-            _matmul(columns.T, _pixels_of(g, grad_output, group, rows), product[group])
-            np.add(total[group], product[group], out=total[group])
+            grads = _pixels_of(g, grad_output, group, rows)
+            for part in _chains(len(columns), product):
+                # (TRSC, K) = (TRSC, L) @ (L, K)
+                blas.matmul(columns[part].T, grads[part], product[group], workspace)
+                np.add(total[group], product[group], out=total[group])
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     # (G, TRS, C, K) -> (G, K, C, TRS)
     out.reshape(g.groups, K, C, -1)[...] = total.reshape(g.groups, -1, C, K).transpose(0, 3, 2, 1)
 
 
-def _matmul(a, b, out):
-    with threads.blas(), np.errstate(all="ignore"):
-        np.matmul(a, b, out=out)
+def _chains(count, product):
+    """Slices of the pixels that one product sums before it is added in float64: BLAS cuts the larger ones itself."""
+    step = blas.CHAIN if product[0].size < 4096 else 8 * blas.CHAIN
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _pack(g, weight, packed):
