@@ -210,7 +210,7 @@ def in_format(array: np.ndarray, data_format: str, wanted: str, dtype: np.dtype)
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array if array.flags.writeable else _unlocked(array)
     fresh = empty(array.shape, dtype)
-    np.copyto(fresh, array, casting="same_kind")
+    np.copyto(fresh, array, casting="unsafe")
     return fresh
 
 

@@ -137,6 +137,13 @@ def options(**values: Any) -> Iterator[None]:
     ------
     ArgumentError, ArgumentTypeError
         For an unknown option or a value that is not allowed.
+
+    Examples
+    --------
+    >>> import fastconv
+    >>> with fastconv.options(threads=1, algorithm="direct"):
+    ...     fastconv.config.algorithm
+    'direct'
     """
     checked = {option: _checked(option, value) for option, value in values.items()}
     token = _scoped.set({**(_scoped.get() or {}), **checked})

@@ -606,6 +606,11 @@ class PoolGeometry:
 
     Make one with :meth:`create` or :meth:`adaptive`, which check their arguments. Kernels see only
     :attr:`windows`, so padding, dilation, ceil_mode and adaptive windows need no kernel of their own.
+
+    Examples
+    --------
+    >>> PoolGeometry.create((1, 1, 28, 28), 3, stride=2, padding=1, spatial_dims=2).output_size
+    (14, 14)
     """
 
     batch: int
@@ -733,36 +738,43 @@ class PoolGeometry:
         """Axis of x where its spatial extent begins."""
         return _first_spatial_axis(self.batched, self.data_format)
 
-    @cached_property
+    @property
     def windows(self) -> tuple[np.ndarray, ...]:
         """Per lifted spatial dimension an int64 array (output, 4) of (first, end, step, count).
 
         Positions first, first + step, ... < end lie inside the input; `count` counts those in the padding too.
         """
-        missing = 3 - self.spatial_dims
-        tables = [np.array([[0, 1, 1, 1]], dtype=np.int64)] * missing
-        for axis in range(self.spatial_dims):
-            rows = self._adaptive_rows(axis) if self.is_adaptive else self._window_rows(axis)
-            tables.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-        return tuple(tables)
+        # Geometries live in a cache: the tables of a long signal would stay with them.
+        return self._tables if sum(self.output_size) < 2**14 else self._build_tables()
 
-    def _adaptive_rows(self, axis: int) -> list[tuple[int, int, int, int]]:
+    @cached_property
+    def _tables(self) -> tuple[np.ndarray, ...]:
+        return self._build_tables()
+
+    def _build_tables(self) -> tuple[np.ndarray, ...]:
+        single = np.array([[0, 1, 1, 1]], dtype=np.int64)
+        rows = self._adaptive_rows if self.is_adaptive else self._window_rows
+        return (*(single,) * (3 - self.spatial_dims), *(rows(axis) for axis in range(self.spatial_dims)))
+
+    def _adaptive_rows(self, axis: int) -> np.ndarray:
         n, p = self.input_size[axis], self.output_size[axis]
+        # In Python's integers: i*n may pass 2**63 where n and p do not.
         spans = [(i * n // p, -(-(i + 1) * n // p)) for i in range(p)]
-        return [(first, end, 1, end - first) for first, end in spans]
+        rows = [(first, end, 1, end - first) for first, end in spans]
+        return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
-    def _window_rows(self, axis: int) -> list[tuple[int, int, int, int]]:
+    def _window_rows(self, axis: int) -> np.ndarray:
         n, k = self.input_size[axis], self.kernel_size[axis]
-        s, d = self.stride[axis], self.dilation[axis]
         before, after = self.padding[axis]
-        rows = []
-        for p in range(self.output_size[axis]):
-            start = p * s - before
-            end = start + d * (k - 1) + 1
-            first = start if start >= 0 else start + -(start // d) * d
-            count = max(-(-(min(end, n + after) - start) // d), 0)
-            rows.append((min(first, n), min(end, n), min(d, n + 1), count))
-        return rows
+        p = self.output_size[axis]
+        # A stride that is never stepped may be huge, and so may a dilation that is never used.
+        s = self.stride[axis] if p > 1 else 1
+        d = self.dilation[axis] if k > 1 else 1
+        start = np.arange(p, dtype=np.int64) * s - before
+        end = start + (d * (k - 1) + 1)
+        first = start + np.maximum(-(start // d), 0) * d
+        count = np.maximum(-(-(np.minimum(end, n + after) - start) // d), 0)
+        return np.stack([np.minimum(first, n), np.minimum(end, n), np.full_like(start, d), count], axis=1)
 
 
 @lru_cache(maxsize=4096)

@@ -143,5 +143,5 @@ def named(name: Any, device: str) -> list[Algorithm]:
     return chosen
 
 
-for _name in ("direct", "im2col", "fft"):
+for _name in ("direct", "im2col", "implicit_gemm", "fft"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))

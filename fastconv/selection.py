@@ -244,7 +244,7 @@ def explain(
     >>> import fastconv
     >>> geometry = fastconv.ConvGeometry.create((1, 3, 8, 8), (4, 3, 3, 3))
     >>> print(fastconv.explain(geometry).splitlines()[0])
-    conv2d forward: x (1, 3, 8, 8), weight (4, 3, 3, 3) -> (1, 4, 6, 6), 7.78 kFLOP, 1.77 KiB, float32
+    conv2d forward: x (1, 3, 8, 8), weight (4, 3, 3, 3) -> (1, 4, 6, 6), 7.78 kFLOP, 1.73 KiB, float32
     """
     g = geometry
     title = (

@@ -1,4 +1,8 @@
-"""Compilation: ``@kernel`` for what Python calls, ``@device`` for what kernels call.
+"""Compilation: ``@kernel`` and ``@task`` for what Python calls, ``@device`` for what those call.
+
+A kernel is a function of arrays with `prange` loops. A task is a function of integers (addresses, strides and sizes)
+and the number of a chunk of the work; all tasks share one `prange` loop, so that each is compiled once, where Numba
+compiles a parallel kernel three times over.
 
 A kernel is compiled at its first call for the dtypes it meets and cached on disk by Numba, beside this file or,
 if that is read-only, in the user's cache directory. A damaged cache entry is dropped and compiled again;
@@ -19,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
+from numba.types import int64, void  # type: ignore[attr-defined]
 
 from . import threads
+from .simd import call
 
 # Contract a*b+c into one rounding and reorder sums; never assume that numbers are finite.
 FASTMATH = {"contract", "reassoc", "nsz"}
 
-device = numba.njit(fastmath=FASTMATH, nogil=True)
+device = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy")
 
 KERNELS: list[Kernel] = []
 
@@ -62,13 +70,55 @@ def kernel(function: Callable[..., Any]) -> Kernel:
     return Kernel(function)
 
 
+class Task:
+    """A function of (address of int64 arguments, chunk), compiled on demand and run for each chunk on threads."""
+
+    def __init__(self, function: Callable[[int, int], None]) -> None:
+        self.function = function
+        update_wrapper(self, function)
+
+    @cached_property
+    def compiled(self) -> CFunc:
+        """The machine code."""
+        code = CFunc(self.function, ((int64, int64), void), {}, {"fastmath": FASTMATH, "error_model": "numpy"})
+        _use_disk_cache(code, self.function)
+        code.compile()
+        return code
+
+    def __call__(self, chunks: int, *arguments: int) -> None:
+        """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`."""
+        numbers = np.array((chunks, *arguments), np.int64)
+        _for_each(self.compiled.address, numbers.ctypes.data, chunks)
+
+
+def task(function: Callable[[int, int], None]) -> Task:
+    """Mark a function of (arguments, chunk) as a task."""
+    return Task(function)
+
+
+@kernel
+def _for_each(function: int, arguments: int, chunks: int) -> None:
+    for chunk in numba.prange(chunks):
+        call(function, arguments, chunk)
+
+
+@device
+def share(work: int, chunk: int, chunks: int) -> tuple[int, int]:
+    """Return the part of range(work) that one chunk does."""
+    return chunk * work // chunks, (chunk + 1) * work // chunks
+
+
 def _compiled(function: Callable[..., Any], parallel: bool) -> Any:
-    dispatcher: Any = numba.njit(fastmath=FASTMATH, nogil=True, parallel=parallel)(function)
+    dispatcher: Any = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy", parallel=parallel)(function)
+    _use_disk_cache(dispatcher, function)
+    return dispatcher
+
+
+def _use_disk_cache(compilable: Any, function: Callable[..., Any]) -> None:
     try:
-        dispatcher._cache = _DiskCache(function)
+        compilable._cache = _DiskCache(function)
     except (OSError, RuntimeError) as error:
         _warn_once(f"no directory for compiled kernels can be written ({error}); each process compiles them anew")
-    return dispatcher
 
 
 def _renamed(function: Any, prefix: str) -> Any:
@@ -106,6 +156,16 @@ class _DiskCache(FunctionCache):
         super().__init__(function)
         stamp = (numba.__version__, self._impl.locator.get_source_stamp(), _sources_digest())
         self._cache_file: Any = _CacheFiles(self.cache_path, self._impl.filename_base, stamp)
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        """Return what tells one compilation from another: the constants of a closure, not the functions it calls.
+
+        Numba pickles those too, which gives other bytes in every process; their sources are in the stamp.
+        """
+        function = self._py_func
+        values = [cell.cell_contents for cell in function.__closure__ or ()]
+        constants = [item for item in zip(function.__code__.co_freevars, values) if isinstance(item[1], (int, str))]
+        return sig, codegen.magic_tuple(), tuple(constants)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None if there is none or it is damaged."""

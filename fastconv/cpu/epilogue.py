@@ -15,8 +15,8 @@ from .compile import device, kernel
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 LEAKY_SLOPE = 0.01
 
-# Literals that the kernels compare with: 0 is "no activation".
-_CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
+# What the kernels compare with: 0 is "no activation".
+CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
 
 
 def apply(y, data_format, bias, activation):
@@ -27,13 +27,14 @@ def apply(y, data_format, bias, activation):
     if bias is None:
         bias = np.zeros(filters, y.dtype)
     if data_format == "channels_first":
-        _rows(y.reshape(y.shape[0], filters, -1), bias, _CODES[activation])
+        _rows(y.reshape(y.shape[0], filters, -1), bias, CODES[activation])
     else:
-        _pixels(y.reshape(-1, filters), bias, _CODES[activation])
+        _pixels(y.reshape(-1, filters), bias, CODES[activation])
 
 
 @device
-def _activate(value, code):
+def activate(value, code):
+    """Return the activation of one value; `code` is one of CODES."""
     if code == 1:
         # The comparison is false for NaN, which passes through.
         return type(value)(0) if value < 0 else value
@@ -54,7 +55,7 @@ def _rows(y, bias, code):
     for row in prange(N * K):
         n, k = row // K, row % K
         for i in range(L):
-            y[n, k, i] = _activate(y[n, k, i] + bias[k], code)
+            y[n, k, i] = activate(y[n, k, i] + bias[k], code)
 
 
 @kernel
@@ -62,4 +63,4 @@ def _pixels(y, bias, code):
     L, K = y.shape
     for i in prange(L):
         for k in range(K):
-            y[i, k] = _activate(y[i, k] + bias[k], code)
+            y[i, k] = activate(y[i, k] + bias[k], code)

@@ -129,7 +129,7 @@ def _finish(geometry, stored, result, is_out, out):
     result = out_format(result, stored, geometry.data_format)
     if out is not None:
         with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, result, casting="same_kind")
+            np.copyto(out, result, casting="unsafe")
         return out
     if geometry.dtype.kind in "iu" or result.dtype == geometry.dtype:
         return result
@@ -241,7 +241,9 @@ def lp_pool(geometry, x, power):
     magnitudes = np.abs(x, dtype=dtype)
     if np.isinf(power):
         sign = dtype.type(np.sign(power))
-        return (sign * max_pool(geometry, sign * magnitudes, False)[0]).astype(x.dtype, copy=False)
+        # Padding is zeros: a window without elements has the norm 0, not the maximum of nothing.
+        largest = np.maximum(sign * max_pool(geometry, sign * magnitudes, False)[0], 0)
+        return largest.astype(x.dtype, copy=False)
     with np.errstate(all="ignore"):
         norms = avg_pool(geometry, magnitudes ** dtype.type(power), True, 0)
         norms = (norms * np.prod(geometry.kernel_size)) ** dtype.type(1 / power)

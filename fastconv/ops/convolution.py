@@ -22,7 +22,16 @@ NEEDS = ("input", "weight", "bias")
 
 
 class ConvGrads(NamedTuple):
-    """Gradients of a convolution; None for those not asked for."""
+    """Gradients of a convolution; None for those not asked for.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv
+    >>> x, w, g = np.ones((1, 1, 3)), np.ones((1, 1, 2)), np.ones((1, 1, 2))
+    >>> grads = fastconv.conv1d_backward(g, x, w, needs=("weight",))
+    >>> grads.weight, grads.input is None
+    (array([[[2., 2.]]]), True)
+    """
 
     input: Any
     weight: Any

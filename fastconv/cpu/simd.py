@@ -1,0 +1,274 @@
+"""Vector code: the only place with LLVM IR.
+
+One microkernel serves every dense convolution and every direction. It multiplies a tile of `rows` x `columns` vectors,
+held in registers, over a reduction that is a list of runs through memory:
+
+    out[i, :] (+)= sum over runs, steps  a[offset[run] + i*a_row + step*a_step] * b[step'*b_step + :]
+
+where `step'` counts through all runs: `b` is read in one sweep. Forward and input gradient take pixels as rows and
+filters as columns, and a run is a row of kernel taps; the weight gradient takes channels as rows, and a run is a row
+of pixels. Everything is a byte address or a byte stride, so no index arithmetic is left inside.
+
+The vector width is that of the CPU found at run time. Intrinsics live at module level and take their shape as literal
+integers: made in a factory they would miss Numba's disk cache in every process.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I8P, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+
+# Bytes ahead of the panel that are fetched: measured on packed panels of 64 to 256 kB.
+PREFETCH = 512
+
+
+class Tile(NamedTuple):
+    """A register tile: `rows` scalars broadcast against `columns` vectors of `lanes` elements."""
+
+    rows: int
+    columns: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        """Elements along the vectors."""
+        return self.columns * self.lanes
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """Return the names of the host's instruction sets, as LLVM spells them."""
+    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
+@lru_cache(maxsize=1)
+def instruction_set() -> str:
+    """Return the vector instructions kernels are written for."""
+    features = cpu_features()
+    if "avx512f" in features:
+        return "avx512"
+    if {"avx2", "fma"} <= features:
+        return "avx2"
+    return "neon" if "neon" in features else "generic"
+
+
+def tile_for(itemsize: int, small: bool = False) -> Tile:
+    """Return the register tile for elements of `itemsize` bytes; the small one wastes less on short rows.
+
+    Accumulators and the vectors of one step fill the register file: 14x2 + 2 + 1 of 32, 6x2 + 2 + 1 of 16.
+    """
+    rows, small_rows, columns, nbytes = {
+        "avx512": (14, 8, 2, 64),
+        "avx2": (6, 4, 2, 32),
+        "neon": (8, 4, 3, 16),
+        "generic": (4, 4, 2, 16),
+    }[instruction_set()]
+    return Tile(small_rows if small else rows, columns, nbytes // itemsize)
+
+
+@intrinsic(prefer_literal=True)
+def load(typing_context, itemsize, place):
+    """The float (4 bytes) or double (8 bytes) at an address."""
+    kind = types.float32 if itemsize.literal_value == 4 else types.float64
+
+    def generate(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[1], context.get_value_type(kind).as_pointer()))
+
+    return kind(itemsize, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def store(typing_context, itemsize, place, value):
+    """Write a float (4 bytes) or double (8 bytes) to an address."""
+    kind = types.float32 if itemsize.literal_value == 4 else types.float64
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], builder.inttoptr(args[1], context.get_value_type(kind).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(itemsize, types.int64, kind), generate
+
+
+@intrinsic(prefer_literal=True)
+def integers(typing_context, place, start, count):
+    """A tuple of `count` int64 numbers, from number `start` at an address on."""
+    first, number = start.literal_value, count.literal_value
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        values = [builder.load(builder.gep(pointer, [ir.Constant(_I64, first + i)])) for i in range(number)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.int64, number)(types.int64, start, count), generate
+
+
+@intrinsic
+def integer(typing_context, place, at):
+    """The int64 number `at` those at an address."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def call(typing_context, function, arguments, chunk):
+    """Call the function at an address with two int64 arguments."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def copy_bytes(typing_context, target, source, count):
+    """memcpy of `count` bytes between addresses."""
+
+    def generate(context, builder, signature, args):
+        to, fro = (builder.inttoptr(a, _I8P) for a in args[:2])
+        cgutils.raw_memcpy(builder, to, fro, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def zero_bytes(typing_context, target, count):
+    """Set `count` bytes at an address to zero."""
+
+    def generate(context, builder, signature, args):
+        cgutils.memset(builder, builder.inttoptr(args[0], _I8P), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(
+    typing_context, rows, columns, lanes, itemsize, a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add
+):
+    """Compute one tile; see the module. `offsets` is the address of `runs` int64 byte offsets, each run `steps` long.
+
+    With `add` not zero the tile is added to what `out` holds.
+    """
+    shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
+    signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 11)
+
+    def generate(context, builder, signature, args):
+        _generate_tile(builder, Tile(*shape[:3]), shape[3], args[4:])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _generate_tile(builder, tile, itemsize, args):
+    a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add = args
+    scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
+    vector = ir.VectorType(scalar, tile.lanes)
+    nbytes = tile.lanes * itemsize
+    fma = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [vector] * 3),
+        f"llvm.fma.v{tile.lanes}f{itemsize * 8}",
+    )
+    count = tile.rows * tile.columns
+    entry = builder.block
+    run_block, step_block, run_end, done = (
+        builder.append_basic_block(name) for name in ("run", "step", "run_end", "done")
+    )
+    a_start, b_start = builder.inttoptr(a, _I8P), builder.inttoptr(b, _I8P)
+    table = builder.inttoptr(offsets, _I64.as_pointer())
+    row_offsets = [ir.Constant(_I64, 0)]
+    for _ in range(1, tile.rows):
+        row_offsets.append(builder.add(row_offsets[-1], a_row))
+    zero = ir.Constant(vector, [0.0] * tile.lanes)
+    builder.branch(run_block)
+
+    builder.position_at_end(run_block)
+    run, b_run = builder.phi(_I64), builder.phi(_I8P)
+    held = [builder.phi(vector) for _ in range(count)]
+    a_run = builder.gep(a_start, [builder.load(builder.gep(table, [run]))])
+    builder.branch(step_block)
+
+    builder.position_at_end(step_block)
+    step, a_now, b_now = builder.phi(_I64), builder.phi(_I8P), builder.phi(_I8P)
+    sums = [builder.phi(vector) for _ in range(count)]
+    weights = [_load(builder, b_now, j * nbytes, vector, itemsize) for j in range(tile.columns)]
+    _prefetch(builder, b_now, tile.columns * nbytes)
+    fresh = []
+    for i in range(tile.rows):
+        value = _broadcast(builder, builder.gep(a_now, [row_offsets[i]]), scalar, tile.lanes)
+        for j in range(tile.columns):
+            fresh.append(builder.call(fma, [value, weights[j], sums[i * tile.columns + j]]))
+    step_next = builder.add(step, ir.Constant(_I64, 1))
+    a_next, b_next = builder.gep(a_now, [a_step]), builder.gep(b_now, [b_step])
+    builder.cbranch(builder.icmp_signed("<", step_next, steps), step_block, run_end)
+
+    builder.position_at_end(run_end)
+    run_next = builder.add(run, ir.Constant(_I64, 1))
+    builder.cbranch(builder.icmp_signed("<", run_next, runs), run_block, done)
+    for phi, first, later in [(run, ir.Constant(_I64, 0), run_next), (b_run, b_start, b_next)] + [
+        (held[i], zero, fresh[i]) for i in range(count)
+    ]:
+        phi.add_incoming(first, entry)
+        phi.add_incoming(later, run_end)
+    for phi, first, later in [(step, ir.Constant(_I64, 0), step_next), (a_now, a_run, a_next), (b_now, b_run, b_next)]:
+        phi.add_incoming(first, run_block)
+        phi.add_incoming(later, step_block)
+    for i in range(count):
+        sums[i].add_incoming(held[i], run_block)
+        sums[i].add_incoming(fresh[i], step_block)
+
+    builder.position_at_end(done)
+    with builder.if_else(builder.icmp_signed("!=", add, ir.Constant(_I64, 0))) as (then, otherwise):
+        with then:
+            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=True)
+        with otherwise:
+            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=False)
+
+
+def _store_tile(builder, tile, values, out, out_row, vector, itemsize, add):
+    target = builder.inttoptr(out, _I8P)
+    nbytes = tile.lanes * itemsize
+    for i in range(tile.rows):
+        for j in range(tile.columns):
+            value = values[i * tile.columns + j]
+            if add:
+                value = builder.fadd(value, _load(builder, target, j * nbytes, vector, itemsize))
+            place = builder.bitcast(builder.gep(target, [ir.Constant(_I64, j * nbytes)]), vector.as_pointer())
+            builder.store(value, place).align = itemsize
+        target = builder.gep(target, [out_row])
+
+
+def _load(builder, pointer, offset, vector, align):
+    place = builder.bitcast(builder.gep(pointer, [ir.Constant(_I64, offset)]), vector.as_pointer())
+    value = builder.load(place)
+    value.align = align
+    return value
+
+
+def _broadcast(builder, pointer, scalar, lanes):
+    value = builder.load(builder.bitcast(pointer, scalar.as_pointer()))
+    vector = ir.VectorType(scalar, lanes)
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _prefetch(builder, pointer, nbytes):
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [_I8P, _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    for offset in range(0, nbytes, 64):
+        ahead = builder.gep(pointer, [ir.Constant(_I64, PREFETCH + offset)])
+        builder.call(function, [ahead, *(ir.Constant(_I32, v) for v in (0, 3, 1))])

@@ -1,0 +1,29 @@
+"""Fixtures of all tests."""
+
+import os
+from collections.abc import Iterator
+
+# Threads that sleep while they wait: test workers share the cores, and a waiting thread that spins keeps one from work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastconv
+
+# The same examples in every run, and no clock: machines that build this are slow and shared.
+settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill fresh outputs and workspaces with NaN: what an algorithm does not write shows."""
+    with fastconv.options(poison=True):
+        yield
