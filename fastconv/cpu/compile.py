@@ -88,7 +88,12 @@ class Task:
     def __call__(self, chunks: int, *arguments: int) -> None:
         """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`."""
         numbers = np.array((chunks, *arguments), np.int64)
-        _for_each(self.compiled.address, numbers.ctypes.data, chunks)
+        address = numbers.__array_interface__["data"][0]
+        if chunks == 1:
+            # Nothing to share: no thread is woken.
+            self.compiled.ctypes(address, 0)
+        else:
+            _for_each(self.compiled.address, address, chunks)
 
 
 def task(function: Callable[[int, int], None]) -> Task:
@@ -135,6 +140,23 @@ def _renamed(function: Any, prefix: str) -> Any:
     return copy
 
 
+def _constants(function: Any) -> tuple[Any, ...]:
+    """Return the integers that a function and the functions it calls have closed over.
+
+    Numba would pickle the closures, which gives other bytes in every process; the sources are in the stamp.
+    """
+    found: list[Any] = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        value = getattr(cell.cell_contents, "py_func", cell.cell_contents)
+        if isinstance(value, types.FunctionType):
+            found.append((name, _constants(value)))
+        elif isinstance(value, (int, str)):
+            found.append((name, value))
+        else:
+            raise TypeError(f"kernels may close over integers, strings and functions, not {name}={value!r}")
+    return tuple(found)
+
+
 @lru_cache(maxsize=1)
 def _sources_digest() -> str:
     """Digest of all kernel sources: a kernel contains the code of the functions it calls in other files."""
@@ -158,14 +180,8 @@ class _DiskCache(FunctionCache):
         self._cache_file: Any = _CacheFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        """Return what tells one compilation from another: the constants of a closure, not the functions it calls.
-
-        Numba pickles those too, which gives other bytes in every process; their sources are in the stamp.
-        """
-        function = self._py_func
-        values = [cell.cell_contents for cell in function.__closure__ or ()]
-        constants = [item for item in zip(function.__code__.co_freevars, values) if isinstance(item[1], (int, str))]
-        return sig, codegen.magic_tuple(), tuple(constants)
+        """Return what tells one compilation from another: signature, CPU, and the constants of all closures."""
+        return sig, codegen.magic_tuple(), _constants(self._py_func)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None if there is none or it is damaged."""

@@ -27,6 +27,8 @@ from .simd import Tile, copy_bytes, integer, integers, load, multiply_tile, stor
 
 # Products per running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 512
+# Operations that are done before a second thread has woken.
+SERIAL_FLOPS = 1_000_000
 # Bytes of source that one task keeps in the second-level cache.
 STRIP_BYTES = 320 * 1024
 
@@ -143,6 +145,10 @@ def _plans(g, direction, threads_):
     return tuple(plans)
 
 
+def _chunks(g):
+    return 1 if g.flops < SERIAL_FLOPS else threads.count()
+
+
 def _span(taps):
     return taps[-1][1] - taps[0][1] + 1
 
@@ -207,7 +213,7 @@ def _chains(runs, itemsize):
 
 def workspace(geometry, direction, limit):
     """Per thread a strip of the source and a block of the result; the packed weight or its gradient."""
-    g, count = geometry, threads.count()
+    g, count = geometry, _chunks(geometry)
     plans = [plan for _, plan in _plans(g, direction, count) if plan]
     if not plans:
         return {}
@@ -262,7 +268,7 @@ def _gather_all(g, direction, source, weight, bias, activation, out, workspace):
     transposed = direction == "input_grad"
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     inner, targets = (K, C) if transposed else (C, K)
-    plans = _plans(g, direction, threads.count())
+    plans = _plans(g, direction, _chunks(g))
     if not all(plan for _, plan in plans):
         out[...] = 0
     room = workspace.get("packed")
@@ -292,7 +298,7 @@ def _gather_all(g, direction, source, weight, bias, activation, out, workspace):
 def weight_grad(geometry, grad_output, x, out, workspace):
     """Write the gradient with respect to the weight to `out`."""
     g = geometry
-    ((phase, plan),) = _plans(g, "weight_grad", threads.count())
+    ((phase, plan),) = _plans(g, "weight_grad", _chunks(g))
     b, C, K = plan.blocking, g.in_channels // g.groups, g.out_channels // g.groups
     buffers = [workspace[name] for name in ("strips", "grads", "tiles", "partial", "sums")]
     run = tasks(b.tile, g.dtype.itemsize)
@@ -304,7 +310,7 @@ def weight_grad(geometry, grad_output, x, out, workspace):
         *(number for buffer in buffers for number in (_address(buffer), buffer.strides[0])),
     )  # fmt: skip
     run.unpack(
-        threads.count(), _address(out), *out.strides, *out.shape[1:], g.groups, K, plan.depth, len(buffers[4]),
+        len(buffers[4]), _address(out), *out.strides, *out.shape[1:], g.groups, K, plan.depth, len(buffers[4]),
         _address(buffers[4]), buffers[4].strides[0],
     )  # fmt: skip
 
@@ -390,7 +396,7 @@ def tasks(tile, itemsize):
             corner = (o * in_step[0], p0 * in_step[1] + low_row, low_column)
             _fill_strip(strip, at, source, extent, C, depths, corner, strip_rows, pitch)
             # Flat, all rows of a strip are one row of pixels; those between two rows are thrown away.
-            stretches, pixels = (1, (p1 - p0) * pitch) if flat else (p1 - p0, Q)
+            stretches, pixels = (1, (p1 - p0 - 1) * pitch + Q) if flat else (p1 - p0, Q)
             for panel in range(panels):
                 for i in range(stretches):
                     _tiles(
