@@ -143,10 +143,14 @@ def _choose(
 ) -> Choice:
     inner = lifted(geometry, stored)
     room = limit - staging_bytes(geometry)
+    known = registry.named(name, device)
+    if geometry.is_empty and known:
+        # Nothing will run.
+        return Choice(known[0], inner, {})
     refusals: list[str] = []
     choices: list[tuple[float, Choice]] = []
     smallest: tuple[int, Choice] | None = None
-    for algorithm in registry.named(name, device):
+    for algorithm in known:
         refusal = _refusal(algorithm, inner, direction, precision)
         if refusal:
             refusals.append(f"{algorithm.name}: {refusal}")
@@ -218,7 +222,8 @@ def algorithms(
     best = choose(geometry, direction, stored, device, "auto", level).algorithm.name if here else None
     found = []
     for algorithm in here:
-        reason = _refusal(algorithm, inner, direction, level)
+        reason = "there is nothing to compute" if geometry.is_empty else ""
+        reason = reason or _refusal(algorithm, inner, direction, level)
         if reason:
             found.append(Candidate(algorithm.name, False, reason, None, None, False))
             continue

@@ -27,6 +27,8 @@ from .simd import Tile, copy_bytes, integer, integers, load, multiply_tile, stor
 
 # Products per running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 512
+# Pixels per running sum of a weight gradient, where sums over neighbouring strips are added in float32 too.
+PIXEL_CHAIN = 512
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
 # Bytes of source that one task keeps in the second-level cache.
@@ -134,6 +136,8 @@ def _plans(g, direction, threads_):
             plans.append((phase, None))
             continue
         blocking = _blocking(phase, channels, g.dtype.itemsize, g.batch * g.groups * phase.size[0], threads_)
+        if direction == "weight_grad":
+            blocking = _shorter(blocking, phase)
         runs = tuple(_runs(phase, blocking))
         offsets, chains = _chains(runs, g.dtype.itemsize)
         order = tuple(np.array([tap for tap, _ in taps], np.int64) for taps in phase.taps)
@@ -173,6 +177,12 @@ def _blocking(phase, channels, itemsize, images, threads_):
     rows = min(rows, max(P * images // (4 * threads_), 1), P)
     rows = -(-P // -(-P // rows))
     return Blocking(rows, (rows - 1) * phase.in_step[1] + _span(phase.taps[1]), width, channels, flat, tile)
+
+
+def _shorter(blocking, phase):
+    """Cut the strips so that the sum over the pixels of one stays short."""
+    rows = min(blocking.rows, max(PIXEL_CHAIN // phase.size[2], 1))
+    return blocking._replace(rows=rows, strip_rows=(rows - 1) * phase.in_step[1] + _span(phase.taps[1]))
 
 
 def _runs(phase, blocking):
@@ -546,15 +556,18 @@ def tasks(tile, itemsize):
         for run in range(runs[1]):
             offset, length = integers(runs[0] + run * 16, 0, 2)
             source = strip + offset * SIZE
-            for start in range(0, length, ROWS):
-                whole, target = start + ROWS <= length, partial + start * PIXEL
-                multiply_tile(
-                    ROWS, COLUMNS, LANES, SIZE, source + start * SIZE, SIZE, step, row_offsets, rows, Q, grads, PIXEL,
-                    target if whole else scratch, PIXEL, 1 if whole else 0,
-                )  # fmt: skip
-                if not whole:
-                    for i in range(0, (length - start) * PIXEL, SIZE):
-                        store(SIZE, target + i, load(SIZE, target + i) + load(SIZE, scratch + i))
+            # Rows longer than a chain come one at a time, and are cut.
+            for q in range(0, Q, PIXEL_CHAIN):
+                pixels = min(PIXEL_CHAIN, Q - q)
+                for start in range(0, length, ROWS):
+                    whole, target = start + ROWS <= length, partial + start * PIXEL
+                    multiply_tile(
+                        ROWS, COLUMNS, LANES, SIZE, source + q * step + start * SIZE, SIZE, step, row_offsets, rows,
+                        pixels, grads + q * PIXEL, PIXEL, target if whole else scratch, PIXEL, 1 if whole else 0,
+                    )  # fmt: skip
+                    if not whole:
+                        for i in range(0, (length - start) * PIXEL, SIZE):
+                            store(SIZE, target + i, load(SIZE, target + i) + load(SIZE, scratch + i))
             partial += length * PIXEL
 
     @device

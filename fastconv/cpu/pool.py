@@ -83,13 +83,21 @@ def _max_row(x, dw, hw, w_windows, y, indices, n, o, p, lowest):
     for q in range(w_windows.shape[0]):
         first, end, step = w_windows[q, 0], w_windows[q, 1], w_windows[q, 2]
         best, where = lowest, -1
-        for d in range(dw[0], dw[1], dw[2]):
-            for h in range(hw[0], hw[1], hw[2]):
-                for w in range(first, end, step):
+        # Not ranges: the division that counts their steps takes longer than a small window.
+        d = dw[0]
+        while d < dw[1]:
+            h = hw[0]
+            while h < hw[1]:
+                w = first
+                while w < end:
                     value = x[d, h, w, 0]
                     # A NaN is not equal to itself: it is taken, and no number is greater than it.
-                    if value > best or value != value or where < 0:
-                        best, where = value, (d * H + h) * W + w
+                    taken = (value > best) | (value != value) | (where < 0)
+                    best = value if taken else best
+                    where = (d * H + h) * W + w if taken else where
+                    w += step
+                h += hw[2]
+            d += dw[2]
         y[n, o, p, q, 0] = best
         if indices.size:
             indices[n, o, p, q, 0] = where
@@ -183,8 +191,10 @@ def _average_forward(x, d_windows, h_windows, w_windows, y, count_padding, divis
                 total = 0.0
                 for d in range(dw[0], dw[1], dw[2]):
                     for h in range(hw[0], hw[1], hw[2]):
-                        for w in range(ww[0], ww[1], ww[2]):
+                        w = ww[0]
+                        while w < ww[1]:
                             total += x[n, d, h, w, c]
+                            w += ww[2]
                 y[n, o, p, q, c] = total / count if count != 0 else 0.0
 
 
