@@ -143,18 +143,17 @@ def _choose(
 ) -> Choice:
     inner = lifted(geometry, stored)
     room = limit - staging_bytes(geometry)
-    known = registry.named(name, device)
-    if geometry.is_empty and known:
-        # Nothing will run.
-        return Choice(known[0], inner, {})
     refusals: list[str] = []
     choices: list[tuple[float, Choice]] = []
     smallest: tuple[int, Choice] | None = None
-    for algorithm in known:
+    for algorithm in registry.named(name, device):
         refusal = _refusal(algorithm, inner, direction, precision)
         if refusal:
             refusals.append(f"{algorithm.name}: {refusal}")
             continue
+        if geometry.is_empty:
+            # Nothing will run.
+            return Choice(algorithm, inner, {})
         choice = Choice(algorithm, inner, algorithm.workspace(inner, direction, max(room, 0)))
         size = registry.workspace_bytes(choice.buffers)
         if smallest is None or size < smallest[0]:
