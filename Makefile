@@ -37,8 +37,9 @@ format: $(STAMP)  ## mend style
 types: $(STAMP)  ## check types
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## run the pytest-benchmark suites (ARGS="-k vgg ...")
-	$(BIN)/python -m pytest benchmarks -p benchmark --benchmark-group-by=group $(ARGS)
+bench: $(STAMP)  ## run the pytest-benchmark suites (ARGS="-k mnist ...")
+	$(BIN)/python -m pytest benchmarks -p benchmark --benchmark-group-by=group \
+	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 clean:  ## remove caches and the environment
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def conv_arguments(case: ConvCase) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def conv_problem(case: ConvCase, dtype: Any, make: Callable[..., np.ndarray] = normal) -> ConvProblem:
     dtype, how = np.dtype(dtype), conv_arguments(case)
     x = make(case, "x", shape=case.x_shape, dtype=dtype)
@@ -217,12 +217,14 @@ def check_conv(problem: ConvProblem, layout: Layout, algorithm: str) -> None:
 
 
 def assert_refused(call: Callable[[], Any], reason: str, context: str) -> None:
+    """Raise unless the call is refused for this reason."""
     try:
         call()
-    except fastconv.UnsupportedError as error:
-        assert reason in str(error), f"{context}: {error}"
+    except fastconv.UnsupportedError as refused:
+        error: Exception = refused
     else:
         raise AssertionError(f"{context}: computed although {reason}")
+    assert reason in str(error), f"{context}: {error}"
 
 
 # --- arrays of every kind --------------------------------------------------------------------------------------

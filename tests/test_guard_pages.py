@@ -3,6 +3,7 @@
 A crash takes the process along, so each sweep runs in one of its own and says what it is about to do.
 """
 
+import contextlib
 import math
 import sys
 
@@ -108,14 +109,10 @@ def sweep_pools(layout, where):
         op("max_pool{}d_backward", dims)(grad, places, x.shape, **how)
         announce(case, "indices far outside")
         wild = guarded(np.where(places % 2 == 0, places, 2**62 - places), where)
-        for call in (
-            lambda: op("max_pool{}d_backward", dims)(grad, wild, x.shape, **how),
-            lambda: op("max_unpool{}d_backward", dims)(x, wild, **how),
-        ):
-            try:
-                call()
-            except fastconv.ArgumentError:
-                pass
+        with contextlib.suppress(fastconv.ArgumentError):
+            op("max_pool{}d_backward", dims)(grad, wild, x.shape, **how)
+        with contextlib.suppress(fastconv.ArgumentError):
+            op("max_unpool{}d_backward", dims)(x, wild, **how)
         announce(case, "average")
         op("avg_pool{}d", dims)(x, **sizes, **how)
         op("avg_pool{}d_backward", dims)(grad, x.shape, **sizes, **how)
@@ -131,10 +128,8 @@ def sweep_pools(layout, where):
         wild = guarded(np.where(places == flat - 1, -1, places), where)
         op("max_unpool{}d_backward", dims)(x, places, **how)
         for indices in (places, wild):
-            try:
+            with contextlib.suppress(fastconv.ArgumentError):
                 op("max_unpool{}d", dims)(grad, indices, 2, 2, **how)
-            except fastconv.ArgumentError:
-                pass
     announce("done")
 
 

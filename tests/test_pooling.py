@@ -1,4 +1,4 @@
-"""Pooling, unpooling and their gradients against the oracle, and by PyTorch's conventions for ties, NaN and infinity."""
+"""Pooling, unpooling and their gradients against the oracle; ties, NaN and infinity as PyTorch has them."""
 
 import itertools
 import math

@@ -1,6 +1,5 @@
 """Choosing an algorithm: limits of workspace, precision, and what auto promises."""
 
-import gc
 import itertools
 import math
 import tracemalloc
@@ -43,7 +42,6 @@ def calls(p, layout, algorithm):
 def peak(call):
     """Bytes of NumPy arrays allocated at the same time during a call, beyond what there was."""
     call()
-    gc.collect()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -179,6 +177,9 @@ def test_auto_takes_the_fastest_that_fits(layout):
     for case, direction in itertools.product(CONV_CASES, DIRECTIONS):
         geometry = conv_problem(case, "float32").geometry(layout)
         rows = fastconv.algorithms(geometry, direction=direction)
+        if geometry.is_empty:
+            assert {(c.supported, c.reason, c.chosen) for c in rows} == {(False, "there is nothing to compute", False)}
+            continue
         best = min((c for c in rows if c.supported), key=lambda c: c.seconds)
         assert chosen(geometry, direction) == best, f"{case}, {direction}"
         assert all(c.seconds >= 0 and math.isfinite(c.seconds) for c in rows if c.supported)
@@ -228,7 +229,7 @@ def test_an_unknown_precision_is_refused():
     p = conv_problem(LARGE, "float32")
     with pytest.raises(fastconv.ArgumentError, match="precision must be one of 'highest', 'high', 'medium', not 'low'"):
         fastconv.conv2d(p.x, p.weight, precision="low")
-    with pytest.raises(fastconv.ArgumentTypeError, match="precision must be a string, one of .*, not 3"):
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"precision must be a string, one of .*, not 3"):
         fastconv.conv2d(p.x, p.weight, precision=3)
 
 
@@ -292,5 +293,5 @@ def test_wrong_arguments_are_named():
     geometry = conv_problem(LARGE, "float32").geometry()
     with pytest.raises(fastconv.ArgumentError, match="device must be one of 'cpu', 'cuda', not 'tpu'"):
         fastconv.algorithms(geometry, "tpu")
-    with pytest.raises(fastconv.ArgumentError, match="direction must be one of 'forward', .*, not 'up'"):
+    with pytest.raises(fastconv.ArgumentError, match=r"direction must be one of 'forward', .*, not 'up'"):
         fastconv.explain(geometry, direction="up")

@@ -3,7 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ class Problem:
     lengths: dict = field(default_factory=dict)
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem(case, dtype, make=normal):
     x = make(case, "x", shape=case.x_shape, dtype=dtype)
     weight = make(case, "weight", shape=case.weight_shape, dtype=dtype)

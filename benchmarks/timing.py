@@ -1,0 +1,102 @@
+"""How long does it take? Medians over blocks of calls, each callable alone and warm.
+
+Two libraries bring two thread pools. A pool that waits for work keeps cores busy for a while, and a pool that sleeps is
+slow to wake, so that on few cores calls that take turns one by one measure each other. Here every callable runs
+in blocks of its own: it is called until it is warm, then timed; blocks of all callables alternate, so that a change in
+the machine's speed meets them all. Only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+BLOCKS = 3
+# Part of a block that goes by before its calls count.
+WARM_SHARE = 0.25
+# Shortest time that is read off the clock at once: shorter calls are timed several together.
+SHORTEST = 50e-6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the quantiles 20, 50 and 80 of `repeats` measurements."""
+
+    q20: float
+    median: float
+    q80: float
+    repeats: int
+
+    @staticmethod
+    def of(samples: list[float]) -> Timing:
+        """Summarise measured seconds."""
+        q20, median, q80 = (float(q) for q in np.quantile(samples, (0.2, 0.5, 0.8)))
+        return Timing(q20, median, q80, len(samples))
+
+
+def measure(
+    calls: Mapping[Any, Callable[[], Any]], budget: float, clock: Callable[[], float] = perf_counter
+) -> dict[Any, Timing]:
+    """Time callables that have each run once already.
+
+    Parameters
+    ----------
+    calls : mapping of key to callable
+    budget : float
+        Seconds for each callable. The number of repeats follows from it; one that takes longer runs once.
+
+    Returns
+    -------
+    dict of key to Timing
+    """
+    samples: dict[Hashable, list[float]] = {key: [] for key in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for _ in range(BLOCKS):
+        for key, call in calls.items():
+            if samples[key] and spent[key] >= budget:
+                continue
+            start = clock()
+            with _no_collection():
+                samples[key] += _block(call, budget / BLOCKS, clock)
+            spent[key] += clock() - start
+    return {key: Timing.of(found) for key, found in samples.items()}
+
+
+def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float]) -> list[float]:
+    start = before = clock()
+    while True:
+        call()
+        now = clock()
+        once, before = now - before, now
+        if now - start >= WARM_SHARE * seconds:
+            break
+    if once >= seconds:
+        # It warmed itself up, and is too long to repeat.
+        return [once]
+    number = max(1, int(SHORTEST / max(once, 1e-9)))
+    samples: list[float] = []
+    while not samples or before - start < seconds:
+        for _ in range(number):
+            call()
+        now = clock()
+        samples.append((now - before) / number)
+        before = now
+    return samples
+
+
+@contextmanager
+def _no_collection() -> Any:
+    """Keep Python's garbage collector out of the measurement."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,156 @@
+"""What the package says of the machine, and compiling ahead."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from support import run_python
+
+import fastconv
+from fastconv import config, info
+from fastconv.cpu import compile as compiling
+
+
+def test_the_report_is_json_and_names_every_part():
+    found = json.loads(json.dumps(info.collect()))
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["cpu"]["cores_available"] >= 1
+    assert found["cpu"]["model"]
+    assert set(found["threads"]["layers"]) == {"tbb", "omp", "workqueue"}
+    assert set(found["options"]) == set(config.DEFAULTS)
+    assert found["off"]
+
+
+def test_show_config_prints_or_returns(capsys):
+    assert fastconv.show_config() is None
+    printed = capsys.readouterr().out
+    assert "fastconv" in printed
+    assert "compiled kernels" in printed
+    found = fastconv.show_config(mode="dicts")
+    assert capsys.readouterr().out == ""
+    assert found is not None
+    assert found["fastconv"] == fastconv.__version__
+    with pytest.raises(fastconv.ArgumentError, match="mode must be one of 'stdout', 'dicts'"):
+        fastconv.show_config(mode="yaml")
+
+
+def test_options_say_where_they_come_from(monkeypatch):
+    monkeypatch.setenv("FASTCONV_PRECISION", "high")
+    monkeypatch.setitem(config._assigned, "workspace_limit", 2**20)
+    with fastconv.options(threads=1):
+        options = info.collect()["options"]
+    assert options["threads"] == {"value": 1, "from": "block"}
+    assert options["workspace_limit"] == {"value": 2**20, "from": "assigned"}
+    assert options["precision"] == {"value": "high", "from": "environment"}
+    assert options["algorithm"] == {"value": "auto", "from": "default"}
+
+
+def test_what_is_missing_says_what_installs_it(monkeypatch):
+    version = info._version
+    monkeypatch.setattr(info, "_version", lambda name: None if name in ("scipy", "cupy") else version(name))
+    found = info.collect()
+    assert "scipy is not installed: algorithm 'fft' is off (pip install 'fastconv[fft]')" in found["off"]
+    assert "fastconv[cuda12]" in found["gpu"]["why"]
+    assert "not installed (pip install 'fastconv[fft]')" in info.render(found)
+
+
+def test_a_cache_that_cannot_be_written_is_explained(monkeypatch):
+    def refuse(self, function):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(compiling._DiskCache, "__init__", refuse)
+    found = info.collect()
+    assert not found["cache"]["writable"]
+    assert "compiled kernels are not kept: cannot cache function: no locator available" in found["off"]
+    assert "not writable" in info.render(found)
+
+
+def test_looking_starts_no_threads_and_imports_no_other_library():
+    script = """
+import sys, fastconv
+found = fastconv.show_config(mode="dicts")
+from numba.np.ufunc import parallel
+print(parallel._is_initialized, found["threads"]["layer"], "torch" in sys.modules, "scipy.fft" in sys.modules)
+"""
+    assert run_python(script).split() == ["False", "None", "False", "False"]
+
+
+@pytest.mark.parametrize("operation", info.WARM_OPERATIONS)
+def test_every_operation_can_be_warmed_up(operation):
+    data_format = "channels_first" if "3d" in operation else "channels_last"
+    fastconv.warmup([operation], ["float32"], [data_format])
+
+
+def test_the_names_to_warm_up_are_the_public_operations():
+    public = {name for name in fastconv.__all__ if name.partition("d")[0].rstrip("_") and "1d" in name}
+    assert public == {name for name in info.WARM_OPERATIONS if "1d" in name}
+
+
+def test_what_was_warmed_up_is_not_compiled_again():
+    script = """
+import numpy as np, fastconv
+from fastconv.cpu import compile as compiling
+def compiled():
+    return sum(len(k.parallel.signatures) for k in compiling.KERNELS if "parallel" in vars(k))
+fastconv.warmup(["conv2d", "conv2d_backward"], ["float32"], ["channels_first"])
+before = compiled()
+x, w, b = (np.ones(shape, "float32") for shape in ((2, 3, 9, 9), (5, 3, 3, 3), (5,)))
+geometry = fastconv.ConvGeometry.create(x.shape, w.shape)
+for algorithm in [c.name for c in fastconv.algorithms(geometry) if c.supported]:
+    y = fastconv.conv2d(x, w, b, stride=2, activation="tanh", algorithm=algorithm)
+    fastconv.conv2d_backward(y, x, w, stride=2, algorithm=algorithm)
+    fastconv.conv1d(x[:, :, 0], w[..., 0], padding=1, algorithm=algorithm)
+print(before, compiled())
+"""
+    before, after = run_python(script).split()
+    assert before == after != "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"operations": ["conv4d"]}, fastconv.ArgumentError, "operations must be names .* not 'conv4d'"),
+        ({"operations": "conv2d"}, fastconv.ArgumentTypeError, "operations must be a sequence of names"),
+        ({"dtypes": ["int8"]}, fastconv.DTypeError, "dtypes must be among .* not 'int8'"),
+        ({"dtypes": ["single precision"]}, fastconv.DTypeError, "not 'single precision'"),
+        ({"data_formats": ["NCHW"]}, fastconv.ArgumentError, "data_formats must be one of .* not 'NCHW'"),
+    ],
+)
+def test_warmup_refuses_what_it_does_not_know(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastconv.warmup(**arguments)
+
+
+class Nvml:
+    """NVIDIA's management library as it is called here, with two GPUs."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.closed = status, False
+
+    def nvmlInit_v2(self) -> int:
+        return self.status
+
+    def nvmlShutdown(self) -> None:
+        self.closed = True
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> None:
+        count._obj.value = 2
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> None:
+        device._obj.value = 100 + index
+
+    def nvmlDeviceGetName(self, device: Any, name: Any, size: int) -> int:
+        name.value = f"GPU {device.value - 100}".encode()
+        return 0
+
+
+def test_gpus_are_named_or_their_absence_explained(monkeypatch):
+    nvml = Nvml()
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda name: nvml)
+    assert info._cuda_devices() == (["GPU 0", "GPU 1"], "")
+    assert nvml.closed
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda name: Nvml(status=9))
+    assert info._cuda_devices() == ([], "the NVIDIA driver answers with error 9")
