@@ -218,7 +218,10 @@ def algorithms(
     inner, limit = lifted(geometry, stored), config.get("workspace_limit")
     staging, threads = staging_bytes(geometry), _thread_count(device)
     here = registry.on(device)
-    best = choose(geometry, direction, stored, device, "auto", level).algorithm.name if here else None
+    best = None
+    if here:
+        chosen = _choose(geometry, direction, stored, device, "auto", level, limit, threads, tuple(here))
+        best = chosen.algorithm.name
     found = []
     for algorithm in here:
         reason = "there is nothing to compute" if geometry.is_empty else ""

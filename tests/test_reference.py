@@ -139,9 +139,7 @@ TRANSPOSED = [
 
 
 @pytest.mark.parametrize(("C", "K", "kernel", "stride", "padding", "extra", "groups", "dilation"), TRANSPOSED)
-def test_conv_transpose_and_its_gradients_match_pytorch(
-    C, K, kernel, stride, padding, extra, groups, dilation
-):
+def test_conv_transpose_and_its_gradients_match_pytorch(C, K, kernel, stride, padding, extra, groups, dilation):
     dims = len(kernel)
     x, weight, bias = normal((2, C, 5, 6, 4)[: dims + 2]), normal((C, K // groups, *kernel), 1), normal(K, 2)
     how = (stride, padding, extra, groups, dilation)
@@ -286,9 +284,7 @@ def check_avg_pool(case, count_include_pad, divisor):
     expected = torch.where(inner > 0, sums / (counted if divisor is None else divisor), 0.0)
     close(y, expected)
     g = normal(y.shape, 1)
-    (wanted,) = torch.autograd.grad(
-        (sums / (counted.clamp(min=1) if divisor is None else divisor)), leaf, tensor(g)
-    )
+    (wanted,) = torch.autograd.grad((sums / (counted.clamp(min=1) if divisor is None else divisor)), leaf, tensor(g))
     close(reference.avg_pool_backward(g, x.shape, *how, dilation=case.dilation), wanted)
 
 
@@ -318,9 +314,7 @@ def test_pools_mean_what_they_mean_to_pytorch(case):
     leaf = tensor(x)
     how = (case.kernel_size, case.stride, case.padding)
     values, indices = reference.max_pool(x, *how, case.dilation, case.ceil_mode)
-    expected, where = getattr(F, f"max_pool{dims}d")(
-        leaf, *how, case.dilation, case.ceil_mode, return_indices=True
-    )
+    expected, where = getattr(F, f"max_pool{dims}d")(leaf, *how, case.dilation, case.ceil_mode, return_indices=True)
     close(values, expected)
     assert np.array_equal(indices, where.numpy())
     if case.dilation != 1:

@@ -823,9 +823,7 @@ refuse_flag((MAX, AVG, LP, AVG_BACK), "ceil_mode")
 refuse_flag((AVG, AVG_BACK), "count_include_pad")
 refuse((AVG, AVG_BACK), ArgumentError, named("divisor_override", 0), torch=(2, 3), divisor_override=0)
 for value in (1.5, True, "2", (2,)):
-    refuse(
-        (AVG, AVG_BACK), ArgumentTypeError, named("divisor_override"), torch=(2, 3), divisor_override=value
-    )
+    refuse((AVG, AVG_BACK), ArgumentTypeError, named("divisor_override"), torch=(2, 3), divisor_override=value)
 refuse(LP, ArgumentError, named("norm_type", 0), norm_type=0)
 refuse(LP, ArgumentError, named("norm_type", 0.0), norm_type=0.0)
 for value in (None, "2", (2,), 1j):
@@ -917,9 +915,7 @@ for count in (1, 3, -1):
         label=f"output_size-with-{count}-more",
         output_size=lambda n, count=count: [6] * (n + count),
     )
-refuse(
-    UNPOOL, ArgumentError, named("output_size"), stride=1, output_size=lambda n: (5,) * n, label="stride-1"
-)
+refuse(UNPOOL, ArgumentError, named("output_size"), stride=1, output_size=lambda n: (5,) * n, label="stride-1")
 for value in (6, 6.0, True):
     refuse(UNPOOL, ArgumentTypeError, named("output_size"), output_size=value)
 for value in (6.0, "6", None):
@@ -965,9 +961,7 @@ for label, change in (
             OTHER,
             torch=family in (CONV_BACK, TRANSPOSE_BACK, AVG_BACK),
             label=f"grad_output-{label}",
-            grad_output=lambda n, family=family, change=change: ramp(
-                *change(BASES[family](n)["grad_output"].shape)
-            ),
+            grad_output=lambda n, family=family, change=change: ramp(*change(BASES[family](n)["grad_output"].shape)),
         )
 for family in SIZED_BACKWARD:
     for label, value in (
@@ -1176,9 +1170,7 @@ def test_errors_are_exported_and_are_what_python_users_expect() -> None:
 EDGES: list[Row] = []
 
 
-def accept(
-    families: str | tuple[str, ...], label: str, *, dims: tuple[int, ...] = ALL, **changes: Any
-) -> None:
+def accept(families: str | tuple[str, ...], label: str, *, dims: tuple[int, ...] = ALL, **changes: Any) -> None:
     """Add one row per family and dimension."""
     for family in (families,) if isinstance(families, str) else families:
         EDGES.extend(Row(family, n, label, changes) for n in dims_of(family) if n in dims)
@@ -1208,9 +1200,7 @@ accept(CONV, "no-channels-unbatched", **NO_CHANNELS, **with_shape("x", 0))
 accept(CONV, "no-channels-empty-batch", **NO_CHANNELS, **with_shape("x", 0, 0))
 accept(CONV, "no-channels-groups", **{**NO_CHANNELS, "groups": 2}, **with_shape("x", 2, 0))
 accept(CONV, "no-channels-stride-padding", stride=2, padding=1, **NO_CHANNELS, **with_shape("x", 2, 0))
-accept(
-    CONV, "no-channels-circular", padding=1, padding_mode="circular", **NO_CHANNELS, **with_shape("x", 2, 0)
-)
+accept(CONV, "no-channels-circular", padding=1, padding_mode="circular", **NO_CHANNELS, **with_shape("x", 2, 0))
 accept(CONV_BACK, "empty-batch", **with_shape("x", 0, 4), **with_shape("grad_output", 0, 6, size=4))
 accept(CONV_BACK, "unbatched", **with_shape("x", 4), **with_shape("grad_output", 6, size=4))
 accept(
@@ -1220,9 +1210,7 @@ accept(
     **with_shape("x", 2, 0),
     **with_shape("grad_output", 2, 0, size=4),
 )
-accept(
-    TRANSPOSE_BACK, "empty-batch", **with_shape("x", 0, 4, size=3), **with_shape("grad_output", 0, 6, size=7)
-)
+accept(TRANSPOSE_BACK, "empty-batch", **with_shape("x", 0, 4, size=3), **with_shape("grad_output", 0, 6, size=7))
 accept(TRANSPOSE_BACK, "unbatched", **with_shape("x", 4, size=3), **with_shape("grad_output", 6, size=7))
 accept((MAX, AVG, LP, ADAPTIVE_AVG, ADAPTIVE_MAX, "unfold"), "empty-batch", **with_shape("x", 0, 3))
 accept((MAX, AVG, LP, ADAPTIVE_AVG, ADAPTIVE_MAX, "unfold"), "unbatched", **with_shape("x", 3))
@@ -1340,9 +1328,7 @@ for size in (4, 5, 7):
 accept(MAX, "all-minus-infinity", padding=1, x=lambda n: full(1, 2, *(6,) * n, value=-INF))
 accept(ADAPTIVE_MAX, "all-minus-infinity", x=lambda n: full(1, 2, *(6,) * n, value=-INF))
 accept((MAX, ADAPTIVE_MAX), "ties", x=lambda n: full(1, 2, *(6,) * n))
-accept(
-    (MAX, ADAPTIVE_MAX), "zeros-of-both-signs", x=lambda n: full(1, 2, *(6,) * n) * ramp(1, 2, *(6,) * n) * 0
-)
+accept((MAX, ADAPTIVE_MAX), "zeros-of-both-signs", x=lambda n: full(1, 2, *(6,) * n) * ramp(1, 2, *(6,) * n) * 0)
 accept(
     MAX,
     "window-wholly-in-padding",

@@ -157,13 +157,15 @@ def _constants(function: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=1)
-def _sources_digest() -> str:
-    """Digest of all kernel sources: a kernel contains the code of the functions it calls in other files."""
+def _digest_of_sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# A kernel contains the code of the functions it calls in other files. Taken at import, when those are read too.
+_SOURCES_DIGEST = _digest_of_sources()
 
 
 @lru_cache(maxsize=16)
@@ -176,7 +178,7 @@ class _DiskCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        stamp = (numba.__version__, self._impl.locator.get_source_stamp(), _sources_digest())
+        stamp = (numba.__version__, self._impl.locator.get_source_stamp(), _SOURCES_DIGEST)
         self._cache_file: Any = _CacheFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:

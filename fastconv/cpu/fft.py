@@ -88,9 +88,9 @@ def seconds(geometry, direction, threads_):
     length, half = _lengths(g)
     points = math.prod(length)
     planes = g.batch * (g.in_channels + g.out_channels) + g.in_channels // g.groups * g.out_channels
-    transforms = planes * 2.5 * points * max(math.log2(points), 1) / (1.2e9 * threads_)
+    transforms = planes * 2.5 * points * max(math.log2(points), 1) / (2.5e9 * threads_)
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
-    products = 8 * g.batch * C * K * g.groups * math.prod(half) / (8e9 * min(1.0, (C * K) ** 0.5 / 24 + 0.05))
+    products = 8 * g.batch * C * K * g.groups * math.prod(half) / (16e9 * min(1.0, (C * K) ** 0.5 / 24 + 0.05))
     return 150e-6 + transforms + products + 40e-9 * math.prod(half) * g.groups**0.5
 
 

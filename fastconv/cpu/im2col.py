@@ -37,10 +37,11 @@ def seconds(geometry, direction, threads_):
     columns = 0 if g.is_pointwise else g.batch * math.prod(g.output_size) * g.reduction_length * g.groups
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     # A thin product cannot use the registers of a square one.
-    efficiency = min(1.0, max(min(C * math.prod(g.kernel_size), K), 1) / 48) ** 0.7
+    efficiency = min(1.0, min(C * math.prod(g.kernel_size), K) / 48) ** 0.7
     calls = g.groups * (g.batch if g.data_format == "channels_first" else 1)
-    rate = 35e9 * threads_ * (1 if g.dtype.itemsize == 4 else 0.5)
-    return 10e-6 + 1.5e-6 * calls + g.flops / (rate * efficiency) + columns * g.dtype.itemsize / 6e9
+    rate = 80e9 * threads_ * (4 / g.dtype.itemsize) * efficiency
+    traffic = columns * g.dtype.itemsize * (2 if direction == "input_grad" else 1)
+    return 30e-6 + 20e-6 * calls + g.flops / rate + traffic / (6e9 * threads_)
 
 
 def workspace(geometry, direction, limit):

@@ -98,10 +98,18 @@ def seconds(geometry, direction, threads_):
     tile = tile_for(g.dtype.itemsize)
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     columns = C if direction == "input_grad" else K
-    rows = g.reduction_length if direction == "weight_grad" else g.output_size[2]
-    used = columns / (-(-columns // tile.width) * tile.width) * min(1.0, rows / tile.rows)
+    used = columns / (-(-columns // tile.width) * tile.width)
+    traffic = g.bytes
+    if direction == "weight_grad":
+        used *= min(1.0, C * g.kernel_size[2] / tile.rows)
+        # Every strip adds to the whole gradient.
+        strips = g.batch * g.output_size[0] * -(-g.output_size[1] * g.output_size[2] // PIXEL_CHAIN)
+        traffic += 2 * strips * g.out_channels * g.reduction_length * g.dtype.itemsize
+    else:
+        Q, S = g.output_size[2], g.kernel_size[2]
+        used *= min(1.0, max(Q / tile.rows, 0.8 * Q / (Q + S - 1)))
     rate = 90e9 * threads_ * (4 / g.dtype.itemsize) * max(used, 0.02)
-    return 20e-6 + g.flops / rate + g.bytes / 8e9 / threads_
+    return 50e-6 + g.flops / rate + traffic / (8e9 * threads_)
 
 
 @lru_cache(maxsize=1024)
