@@ -43,6 +43,10 @@ def ramp(*shape: int, dtype: str = "float32") -> np.ndarray:
     return ((np.arange(math.prod(shape)) * 7 % 11) - 5).astype(dtype).reshape(shape)
 
 
+# With more threads PyTorch keeps any one of the values whose indices are equal when it unpools.
+torch.set_num_threads(1)
+
+
 def indices(*shape: int, value: int = 0, dtype: str = "int64") -> np.ndarray:
     return np.full(shape, value, dtype)
 
