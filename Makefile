@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Test processes: compiling kernels takes most of the time, one core each.
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env compare test lint format types bench gpu-check clean
@@ -24,7 +26,7 @@ compare: $(STAMP)  ## time every convolution algorithm against PyTorch on real l
 	@$(BIN)/python -m fastconv compare $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k pool ...")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -q $(ARGS)
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
