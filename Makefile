@@ -17,7 +17,8 @@ $(STAMP): pyproject.toml
 	  || { echo "fastconv needs Python >= 3.10; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,report]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,report]" \
+	  --config-settings editable_mode=compat
 	@touch $@
 
 env: $(STAMP)  ## make .venv with everything that the other commands need

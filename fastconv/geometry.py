@@ -793,7 +793,8 @@ def _pool_geometry(
     # PyTorch takes half the kernel, dilated or not; a pair may be wider.
     if not isinstance(padding, str) and any(isinstance(p, int) and p > k // 2 for p, k in zip(padding, kernel)):
         raise ArgumentError(
-            f"padding must be at most half of kernel_size {kernel}, not {padding}; (before, after) pairs may be wider"
+            f"padding must be at most {tuple(k // 2 for k in kernel)}, half of kernel_size, not {padding}; "
+            f"(before, after) pairs may be wider"
         )
     _check_not_empty(name, x_shape, channels, input_size)
     pairs = _padding_pairs(padding, input_size, kernel, stride, dilation)

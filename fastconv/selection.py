@@ -10,7 +10,7 @@ import numpy as np
 
 from . import config, registry
 from .arrays import compute_dtype
-from .errors import UnsupportedError, WorkspaceLimitError
+from .errors import ArgumentTypeError, UnsupportedError, WorkspaceLimitError
 from .geometry import DIRECTIONS, ConvGeometry, one_of
 from .registry import Algorithm, Buffer
 
@@ -212,6 +212,11 @@ def algorithms(
     >>> [c.name for c in fastconv.algorithms(geometry) if c.supported][:2]
     ['direct', 'im2col']
     """
+    if not isinstance(geometry, ConvGeometry):
+        raise ArgumentTypeError(
+            f"geometry must be a ConvGeometry, such as ConvGeometry.create(x.shape, weight.shape), "
+            f"not {type(geometry).__name__}"
+        )
     one_of("device", device, ("cpu", "cuda"))
     one_of("direction", direction, DIRECTIONS)
     stored, level = geometry.data_format, checked_precision(precision)
@@ -253,13 +258,13 @@ def explain(
     >>> print(fastconv.explain(geometry).splitlines()[0])
     conv2d forward: x (1, 3, 8, 8), weight (4, 3, 3, 3) -> (1, 4, 6, 6), 7.78 kFLOP, 1.73 KiB, float32
     """
-    g = geometry
+    found, g = algorithms(geometry, device, direction=direction, precision=precision), geometry
     title = (
         f"conv{g.spatial_dims}d {direction}: x {g.x_shape}, weight {g.weight_shape} -> {g.output_shape}, "
         f"{_scaled(g.flops, 1000, ('FLOP', 'kFLOP', 'MFLOP', 'GFLOP', 'TFLOP'))}, {_bytes(g.bytes)}, {g.dtype}"
     )
     rows = [("algorithm", "workspace", "predicted", "")]
-    for c in algorithms(geometry, device, direction=direction, precision=precision):
+    for c in found:
         size = "-" if c.workspace_bytes is None else _bytes(c.workspace_bytes)
         time = "-" if c.seconds is None else f"{c.seconds * 1e3:.3f} ms"
         rows.append((c.name, size, time, "<- auto" if c.chosen else c.reason))
@@ -268,6 +273,8 @@ def explain(
         f"{name:<{widths[0]}}  {size:>{widths[1]}}  {time:>{widths[2]}}  {note}".rstrip()
         for name, size, time, note in rows
     ]
+    if not found:
+        lines = [f"there are no algorithms on the device {device!r} yet"]
     return "\n".join([title, *lines])
 
 

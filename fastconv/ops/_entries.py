@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 
@@ -18,10 +19,14 @@ def entries(core: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[...,
 
 
 def _entry(core: Callable[..., Any], dims: int) -> Callable[..., Any]:
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        return core(dims, *args, **kwargs)
-
     name = core.__name__.replace("Nd", f"{dims}d")
+    # Python's own errors about missing and unknown arguments then speak of conv2d, not of convNd.
+    named = FunctionType(core.__code__, core.__globals__, name, core.__defaults__, core.__closure__)
+    named.__kwdefaults__, named.__qualname__ = core.__kwdefaults__, name
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return named(dims, *args, **kwargs)
+
     signature = inspect.signature(core)
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = "fastconv"
