@@ -1,8 +1,10 @@
 """Write the README's table of ratios from the committed results: ``python -m benchmarks.readme``.
 
-Every figure between the markers comes from ``results/tour.json``, which this makes anew::
+Every figure between the markers comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col, implicit_gemm
+and fft this makes one anew, in a process of its own, because the thread pools of Numba, BLAS and PyTorch disturb each
+other on few cores::
 
-    make compare ARGS="--data-format both --json benchmarks/results/tour.json"
+    make compare ARGS="--algorithms NAME --data-format both --json benchmarks/results/tour-NAME.json"
 """
 
 from __future__ import annotations
@@ -13,10 +15,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results" / "tour.json"
+RESULTS = ROOT / "results"
 README = ROOT.parent / "README.md"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 ALGORITHMS = ("direct", "im2col", "implicit_gemm", "fft")
+
+
+def load() -> dict[str, Any]:
+    """Return the rows of all runs, and the machine of the first."""
+    names = ("auto", *ALGORITHMS)
+    runs = [json.loads((RESULTS / f"tour-{name}.json").read_text()) for name in names]
+    machines = {json.dumps([run["machine"]["cpu"], run["machine"]["versions"]["torch"]]) for run in runs}
+    if len(machines) != 1:
+        raise SystemExit(f"the runs are of different machines: {machines}")
+    rows = [{**row, "provider": name} for name, run in zip(names, runs) for row in run["rows"] if not is_peer(row)]
+    return {"machine": runs[0]["machine"], "rows": rows}
+
+
+def is_peer(row: dict[str, Any]) -> bool:
+    """Return True for a row of PyTorch's."""
+    return bool(row["provider"] == "torch")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -29,15 +47,15 @@ def table(results: dict[str, Any]) -> str:
         f"PyTorch {versions['torch']}'s time, in the faster of its two memory layouts, over fastconv's, in the faster",
         'of its own: **above 1 beats PyTorch**, below 1 loses to it. float32 at precision "highest", '
         f"{machine['threads']} threads on {machine['cpu']}",
-        f"({', '.join(machine['features'])}), each callable timed alone and warm in alternating blocks, medians.",
-        "`auto` is what fastconv takes by itself.",
+        f"({', '.join(machine['features'])}), each callable timed alone and warm in alternating blocks, medians;",
+        "each algorithm in a process of its own with PyTorch. `auto` is what fastconv takes by itself.",
         "",
         "| layer | direction | auto | " + " | ".join(f"`{name}`" for name in ALGORITHMS) + " |",
         "|---|---|" + "---:|" * (1 + len(ALGORITHMS)),
     ]
     auto_ratios = []
     for (layer, direction), rows in groups.items():
-        auto = _best([row for row in rows if row["is_auto"]])
+        auto = _best([row for row in rows if row["provider"] == "auto"])
         auto_ratios.append(auto)
         cells = [_ratio(_best([row for row in rows if row["provider"] == name])) for name in ALGORITHMS]
         lines.append(f"| {layer} | {direction} | **{_ratio(auto)}** | " + " | ".join(cells) + " |")
@@ -47,7 +65,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Geometric mean of `auto`: {mean:.2f}; it loses to PyTorch in {losses} of {len(known)} rows.",
-        "Milliseconds, errors and workspaces are in `benchmarks/results/tour.json`; `benchmarks/readme.py` says how to",
+        "Milliseconds, errors and workspaces are in `benchmarks/results/tour-*.json`; `benchmarks/readme.py` says how to",
         "make both anew.",
     ]
     return "\n".join(lines)
@@ -72,8 +90,7 @@ def rendered(readme: str, results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the README."""
-    results = json.loads(RESULTS.read_text())
-    README.write_text(rendered(README.read_text(), results))
+    README.write_text(rendered(README.read_text(), load()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The README says what is so."""
 
-import json
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ def test_the_figures_are_those_of_the_committed_results():
         from benchmarks import readme
     finally:
         sys.path.remove(str(ROOT))
-    assert readme.rendered(README, json.loads(readme.RESULTS.read_text())) == README
+    assert readme.rendered(README, readme.load()) == README
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
