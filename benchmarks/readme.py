@@ -1,8 +1,8 @@
 """Write the README's table of ratios from the committed results: ``python -m benchmarks.readme``.
 
-Every figure between the markers comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col, implicit_gemm
-and fft this makes one anew, in a process of its own, because the thread pools of Numba, BLAS and PyTorch disturb each
-other on few cores::
+Every figure between the markers comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col,
+implicit_gemm and fft this makes one anew, in a process of its own, because the thread pools of Numba, BLAS and PyTorch
+disturb each other on few cores::
 
     make compare ARGS="--algorithms NAME --data-format both --json benchmarks/results/tour-NAME.json"
 """
@@ -65,8 +65,8 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Geometric mean of `auto`: {mean:.2f}; it loses to PyTorch in {losses} of {len(known)} rows.",
-        "Milliseconds, errors and workspaces are in `benchmarks/results/tour-*.json`; `benchmarks/readme.py` says how to",
-        "make both anew.",
+        "Milliseconds, errors and workspaces are in `benchmarks/results/tour-*.json`; `benchmarks/readme.py` says how",
+        "the files and this table are made.",
     ]
     return "\n".join(lines)
 
