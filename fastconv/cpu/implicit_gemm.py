@@ -23,6 +23,7 @@ from ..registry import Buffer
 from . import threads
 from .compile import Task, device, share, task
 from .epilogue import CODES, activate
+from .memory import address, extent_of, layout_of
 from .simd import Tile, copy_bytes, integer, integers, load, multiply_tile, store, tile_for, zero_bytes
 
 # Products per running sum: the rounding error of a float32 sum grows with its length.
@@ -299,17 +300,17 @@ def _gather_all(g, direction, source, weight, bias, activation, out, workspace):
         strips, blocks = workspace["strips"], workspace["blocks"]
         run = tasks(tile, g.dtype.itemsize)
         run.pack(
-            len(strips), _address(packed), _address(weight), *weight.strides, g.groups, inner, targets,
-            *(number for order in plan.order for number in (_address(order), len(order))), transposed,
+            len(strips), address(packed), address(weight), *weight.strides, g.groups, inner, targets,
+            *(number for order in plan.order for number in (address(order), len(order))), transposed,
         )  # fmt: skip
         run.gather(
-            len(strips), *_layout(source, g.data_format), *_layout(out, g.data_format),
-            *_extent(source, g.data_format), g.batch, g.groups, inner, targets,
+            len(strips), *layout_of(source, g.data_format), *layout_of(out, g.data_format),
+            *extent_of(source, g.data_format), g.batch, g.groups, inner, targets,
             *phase.first, *phase.size, *phase.out_step, *phase.in_step, phase.taps[1][0][1], phase.taps[2][0][1],
-            b.rows, b.strip_rows, b.pitch, b.flat, _address(plan.depths), len(plan.depths), _address(plan.offsets),
-            _address(plan.chains), len(plan.chains), plan.depth, CODES[activation],
-            _address(packed), 0 if bias is None else _address(bias),
-            _address(strips), strips.strides[0], _address(blocks), blocks.strides[0],
+            b.rows, b.strip_rows, b.pitch, b.flat, address(plan.depths), len(plan.depths), address(plan.offsets),
+            address(plan.chains), len(plan.chains), plan.depth, CODES[activation],
+            address(packed), 0 if bias is None else address(bias),
+            address(strips), strips.strides[0], address(blocks), blocks.strides[0],
         )  # fmt: skip
 
 
@@ -321,32 +322,16 @@ def weight_grad(geometry, grad_output, x, out, workspace):
     buffers = [workspace[name] for name in ("strips", "grads", "tiles", "partial", "sums")]
     run = tasks(b.tile, g.dtype.itemsize)
     run.reduce(
-        len(buffers[0]), *_layout(x, g.data_format), *_layout(grad_output, g.data_format),
-        *_extent(x, g.data_format), g.batch, g.groups, C, K, *phase.size, *phase.in_step,
-        phase.taps[1][0][1], phase.taps[2][0][1], b.rows, b.strip_rows, b.pitch, _address(plan.depths),
-        len(plan.depths), _address(plan.runs), len(plan.runs), plan.depth, _address(plan.row_offsets),
-        *(number for buffer in buffers for number in (_address(buffer), buffer.strides[0])),
+        len(buffers[0]), *layout_of(x, g.data_format), *layout_of(grad_output, g.data_format),
+        *extent_of(x, g.data_format), g.batch, g.groups, C, K, *phase.size, *phase.in_step,
+        phase.taps[1][0][1], phase.taps[2][0][1], b.rows, b.strip_rows, b.pitch, address(plan.depths),
+        len(plan.depths), address(plan.runs), len(plan.runs), plan.depth, address(plan.row_offsets),
+        *(number for buffer in buffers for number in (address(buffer), buffer.strides[0])),
     )  # fmt: skip
     run.unpack(
-        len(buffers[4]), _address(out), *out.strides, *out.shape[1:], g.groups, K, plan.depth, len(buffers[4]),
-        _address(buffers[4]), buffers[4].strides[0],
+        len(buffers[4]), address(out), *out.strides, *out.shape[1:], g.groups, K, plan.depth, len(buffers[4]),
+        address(buffers[4]), buffers[4].strides[0],
     )  # fmt: skip
-
-
-def _address(array):
-    return array.__array_interface__["data"][0]
-
-
-def _layout(array, data_format):
-    """Address and byte strides of an array along N, C, D, H, W."""
-    n, *rest = array.strides
-    channel, spatial = (rest[0], rest[1:]) if data_format == "channels_first" else (rest[-1], rest[:-1])
-    return _address(array), n, channel, *spatial
-
-
-def _extent(array, data_format):
-    """D, H, W of an array."""
-    return array.shape[2:] if data_format == "channels_first" else array.shape[1:4]
 
 
 class Tasks(NamedTuple):
