@@ -65,7 +65,7 @@ class Algorithm:
     device : str
         "cpu" or "cuda".
     module : str
-        Where its functions are.
+        Where its functions are: a module, or "module:name" of an object with them.
     precision : str
         The strictest promise ("highest", "high", "medium") that its float32 results keep.
     """
@@ -82,8 +82,9 @@ class Algorithm:
 
     @cached_property
     def implementation(self) -> Any:
-        """The loaded module."""
-        return import_module(self.module)
+        """The loaded module, or the part of it named after a colon."""
+        module, _, part = self.module.partition(":")
+        return getattr(import_module(module), part) if part else import_module(module)
 
     def supports(self, geometry: ConvGeometry, direction: str = "forward") -> Support:
         """Return whether this algorithm computes `geometry` in `direction`, and if not, why."""
@@ -145,3 +146,5 @@ def named(name: Any, device: str) -> list[Algorithm]:
 
 for _name in ("direct", "im2col", "implicit_gemm", "fft"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
+for _m in (2, 4):
+    register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}"))
