@@ -15,6 +15,8 @@ are applied while a block of output is still in the cache.
 """
 
 from functools import lru_cache
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +24,10 @@ import numpy as np
 from ..registry import Buffer
 from . import threads
 from .compile import Task, device, share, task
-from .epilogue import CODES, activate
+from .epilogue import CODES
 from .memory import address, extent_of, layout_of
 from .simd import Tile, copy_bytes, integer, integers, load, multiply_tile, store, tile_for, zero_bytes
+from .strips import pack_table, strips
 
 # Products per running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 512
@@ -77,8 +80,8 @@ class Plan(NamedTuple):
     runs: np.ndarray
     # Byte offset in the strip of each output row.
     row_offsets: np.ndarray
-    # Taps along each dimension, in that order too.
-    order: tuple[np.ndarray, ...]
+    # Where each row of a panel goes, in the weight's own order.
+    table: np.ndarray
 
     @property
     def depth(self) -> int:
@@ -149,12 +152,15 @@ def _plans(g, direction, threads_):
             blocking = _shorter(blocking, phase)
         runs = tuple(_runs(phase, blocking))
         offsets, chains = _chains(runs, g.dtype.itemsize)
-        order = tuple(np.array([tap for tap, _ in taps], np.int64) for taps in phase.taps)
+        order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
+        places = pack_table(
+            channels, prod(g.kernel_size), order, blocking.tile.width, g.dtype.itemsize, direction == "input_grad"
+        )
         depths = np.array([delta for _, delta in phase.taps[0]], np.int64)
         rows = np.arange(blocking.rows, dtype=np.int64)
         rows *= phase.in_step[1] * blocking.pitch * channels * g.dtype.itemsize
         table = np.array(runs, np.int64)
-        plans.append((phase, Plan(phase, blocking, depths, offsets, chains, table, rows, order)))
+        plans.append((phase, Plan(phase, blocking, depths, offsets, chains, table, rows, places)))
     return tuple(plans)
 
 
@@ -300,8 +306,8 @@ def _gather_all(g, direction, source, weight, bias, activation, out, workspace):
         strips, blocks = workspace["strips"], workspace["blocks"]
         run = tasks(tile, g.dtype.itemsize)
         run.pack(
-            len(strips), address(packed), address(weight), *weight.strides, g.groups, inner, targets,
-            *(number for order in plan.order for number in (address(order), len(order))), transposed,
+            len(strips), address(packed), address(weight), *weight.strides[:2], g.groups, inner, targets,
+            len(plan.table) // (1 if transposed else inner), plan.depth, address(plan.table), transposed,
         )  # fmt: skip
         run.gather(
             len(strips), *layout_of(source, g.data_format), *layout_of(out, g.data_format),
@@ -353,28 +359,20 @@ def tasks(tile, itemsize):
     ROWS, COLUMNS, LANES = tile
     WIDTH, SIZE = tile.width, itemsize
     PIXEL = WIDTH * SIZE
+    _fill_strip, _, _finish, _emit, _pack = strips(tile, itemsize)
 
     @task
     def pack(arguments, chunk):
         """(G*K, C, T, R, S) -> (G, panels, T*R*S*C, WIDTH); transposed, filters and channels change places."""
-        chunks, packed, weight, filter_, channel, plane, row, column = integers(arguments, 0, 8)
-        G, inner, targets = integers(arguments, 8, 3)
-        planes, T, rows, R, columns, S, transposed = integers(arguments, 11, 7)
-        panels, taps = (targets + WIDTH - 1) // WIDTH, T * R * S
-        group = filter_ * (inner if transposed else targets)
-        along, across = (filter_, channel) if transposed else (channel, filter_)
-        begin, end = share(G * panels * taps, chunk, chunks)
+        chunks, packed, weight, filter_, channel, G, inner, targets = integers(arguments, 0, 8)
+        taps, depth, table, transposed = integers(arguments, 8, 4)
+        panels = (targets + WIDTH - 1) // WIDTH
+        group, across = (filter_ * inner, channel) if transposed else (filter_ * targets, filter_)
+        begin, end = share(G * panels, chunk, chunks)
         for job in range(begin, end):
-            g, panel, tap = job // (panels * taps), job // taps % panels, job % taps
-            t, r, s = integer(planes, tap // (R * S)), integer(rows, tap // S % R), integer(columns, tap % S)
-            source = weight + g * group + t * plane + r * row + s * column + panel * WIDTH * across
-            target = packed + job // taps * taps * inner * PIXEL + tap * inner * PIXEL
-            used = min(WIDTH, targets - panel * WIDTH)
-            for i in range(inner):
-                for k in range(used):
-                    store(SIZE, target + k * SIZE, load(SIZE, source + k * across + i * along))
-                zero_bytes(target + used * SIZE, (WIDTH - used) * SIZE)
-                target += PIXEL
+            g, k0 = job // panels, job % panels * WIDTH
+            source, target = weight + g * group + k0 * across, packed + job * depth * PIXEL
+            _pack(target, source, filter_, channel, inner, taps, min(WIDTH, targets - k0), table, transposed)
 
     @task
     def gather(arguments, chunk):
@@ -476,40 +474,6 @@ def tasks(tile, itemsize):
                     store(SIZE, place + c * channel, total)
 
     @device
-    def _fill_strip(strip, source, layout, extent, C, depths, corner, rows, pitch):
-        """Copy rows of each depth, from a corner that may lie outside: channels last, zeros where there is nothing."""
-        (D, H, W), (d0, h0, w0) = extent, corner
-        left = min(max(-w0, 0), pitch)
-        right = max(min(W - w0, pitch), left)
-        pixel = C * SIZE
-        for plane in range(depths[1]):
-            d = d0 + integer(depths[0], plane)
-            for h in range(h0, h0 + rows):
-                if d < 0 or d >= D or h < 0 or h >= H:
-                    zero_bytes(strip, pitch * pixel)
-                else:
-                    zero_bytes(strip, left * pixel)
-                    zero_bytes(strip + right * pixel, (pitch - right) * pixel)
-                    row = source + d * layout[3] + h * layout[4] + (w0 + left) * layout[5]
-                    _copy_pixels(strip + left * pixel, row, right - left, C, layout[2], layout[5])
-                strip += pitch * pixel
-
-    @device
-    def _copy_pixels(target, source, count, C, channel, step):
-        """Copy pixels of C channels from any layout to channels last."""
-        if channel == SIZE or C == 1:
-            # Pixels that lie side by side are one stretch of memory.
-            stretches, length = (1, count * C * SIZE) if step == C * SIZE else (count, C * SIZE)
-            for q in range(stretches):
-                copy_bytes(target + q * length, source + q * step, length)
-            return
-        # A few pixels at a time, so that the lines they are written to stay in the cache for all channels.
-        for start in range(0, count, LANES):
-            for c in range(C):
-                for q in range(start, min(start + LANES, count)):
-                    store(SIZE, target + (q * C + c) * SIZE, load(SIZE, source + c * channel + q * step))
-
-    @device
     def _tiles(source, step, pixels, flat, offsets_of_chains, weights, target):
         """Compute neighbouring results: the last tile overlaps the one before it, or runs past the end."""
         offsets, chains, count = offsets_of_chains
@@ -521,27 +485,6 @@ def tasks(tile, itemsize):
                     ROWS, COLUMNS, LANES, SIZE, source + q * step, step, SIZE, offsets + run * 8, runs, steps,
                     weights + panel * PIXEL, PIXEL, target + q * PIXEL, PIXEL, i,
                 )  # fmt: skip
-
-    @device
-    def _finish(block, bias, used, pixels, code):
-        """Add the bias and apply the activation to a block (pixels, WIDTH), in place."""
-        for pixel in range(block, block + pixels * PIXEL, PIXEL):
-            for k in range(used):
-                value = load(SIZE, pixel + k * SIZE)
-                if bias:
-                    value += load(SIZE, bias + k * SIZE)
-                store(SIZE, pixel + k * SIZE, activate(value, code))
-
-    @device
-    def _emit(block, target, channel, step, used, count):
-        """Write one row of a block (pixels, WIDTH) to the output, in any layout."""
-        if channel == SIZE:
-            for q in range(count):
-                copy_bytes(target + q * step, block + q * PIXEL, used * SIZE)
-            return
-        for k in range(used):
-            for q in range(count):
-                store(SIZE, target + k * channel + q * step, load(SIZE, block + q * PIXEL + k * SIZE))
 
     @device
     def _reduce_panel(strip, step, runs, row_offsets, rows, Q, grads, scratch, partial):

@@ -156,6 +156,118 @@ def zero_bytes(typing_context, target, count):
 
 
 @intrinsic(prefer_literal=True)
+def transpose_block(typing_context, lanes, itemsize, source, source_row, rows, columns, target, target_row):
+    """Transpose up to `lanes` x `lanes` elements: target[j*target_row + i*size] = source[i*source_row + j*size].
+
+    `i` stays below `rows` and `j` below `columns`: nothing beyond is read or written.
+    """
+    shape = lanes.literal_value, itemsize.literal_value
+
+    def generate(context, builder, signature, args):
+        source, source_row, rows, columns, target, target_row = args[2:]
+        full = ir.Constant(_I64, shape[0])
+        whole = builder.and_(builder.icmp_signed(">=", rows, full), builder.icmp_signed(">=", columns, full))
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                _transpose(builder, *shape, source, source_row, target, target_row)
+            with otherwise:
+                _transpose(builder, *shape, source, source_row, target, target_row, rows, columns)
+        return context.get_dummy_value()
+
+    return types.void(lanes, itemsize, *[types.int64] * 6), generate
+
+
+@intrinsic(prefer_literal=True)
+def scatter_transposed(typing_context, lanes, itemsize, source, source_row, rows, columns, target, offsets):
+    """Transpose as `transpose_block` does; row `j` goes to int64 number `j` at `offsets`, unless that is negative.
+
+    Rows of the target are written whole, `lanes` long, with zeros from `rows` on.
+    """
+    shape = lanes.literal_value, itemsize.literal_value
+
+    def generate(context, builder, signature, args):
+        source, source_row, rows, columns, target, offsets = args[2:]
+        vectors, _ = _transposed(builder, *shape, source, source_row, rows, columns)
+        table, base = builder.inttoptr(offsets, _I64.as_pointer()), builder.inttoptr(target, _I8P)
+        for j, vector in enumerate(vectors):
+            with builder.if_then(builder.icmp_signed(">", columns, ir.Constant(_I64, j))):
+                offset = builder.load(builder.gep(table, [ir.Constant(_I64, j)]))
+                with builder.if_then(builder.icmp_signed(">=", offset, ir.Constant(_I64, 0))):
+                    place = builder.bitcast(builder.gep(base, [offset]), vector.type.as_pointer())
+                    builder.store(vector, place).align = shape[1]
+        return context.get_dummy_value()
+
+    return types.void(lanes, itemsize, *[types.int64] * 6), generate
+
+
+def _transpose(builder, lanes, itemsize, source, source_row, target, target_row, rows=None, columns=None):
+    """Transpose a whole block, or `rows` x `columns` of it."""
+    vectors, mask = _transposed(builder, lanes, itemsize, source, source_row, rows, columns)
+    place = builder.inttoptr(target, _I8P)
+    for j, vector in enumerate(vectors):
+        pointer = builder.bitcast(place, vector.type.as_pointer())
+        if rows is None:
+            builder.store(vector, pointer).align = itemsize
+        else:
+            inside = builder.and_(mask, _splat(builder, builder.icmp_signed(">", columns, ir.Constant(_I64, j)), lanes))
+            signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
+            name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
+            function = cgutils.get_or_insert_function(builder.module, signature, name)
+            builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
+        place = builder.gep(place, [target_row])
+
+
+def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
+    """Return the columns of a block as vectors, zeros from `rows` and `columns` on, and the mask of `rows`."""
+    scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
+    kind = ir.VectorType(scalar, lanes)
+    place = builder.inttoptr(source, _I8P)
+    across = None if columns is None else _lanes_below(builder, columns, lanes)
+    vectors = []
+    for i in range(lanes):
+        pointer = builder.bitcast(place, kind.as_pointer())
+        if across is None:
+            vectors.append(builder.load(pointer))
+            vectors[-1].align = itemsize
+        else:
+            inside = builder.and_(across, _splat(builder, builder.icmp_signed(">", rows, ir.Constant(_I64, i)), lanes))
+            signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
+            name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
+            function = cgutils.get_or_insert_function(builder.module, signature, name)
+            nothing = ir.Constant(kind, [0.0] * lanes)
+            vectors.append(builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, nothing]))
+        place = builder.gep(place, [source_row])
+    # One bit of the row number changes places with the same bit of the column number at a time.
+    distance = lanes // 2
+    while distance:
+        low = [j if not j & distance else lanes + j - distance for j in range(lanes)]
+        high = [j + distance if not j & distance else lanes + j for j in range(lanes)]
+        for i in range(lanes):
+            if not i & distance:
+                pair = vectors[i], vectors[i + distance]
+                vectors[i] = _shuffle(builder, *pair, low)
+                vectors[i + distance] = _shuffle(builder, *pair, high)
+        distance //= 2
+    return vectors, None if rows is None else _lanes_below(builder, rows, lanes)
+
+
+def _shuffle(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
+
+
+def _lanes_below(builder, count, lanes):
+    """Return the mask of the lanes whose number is below a count."""
+    numbers = ir.Constant(ir.VectorType(_I64, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, _splat(builder, count, lanes))
+
+
+def _splat(builder, value, lanes):
+    vector = ir.VectorType(value.type, lanes)
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    return _shuffle(builder, single, ir.Constant(vector, ir.Undefined), [0] * lanes)
+
+
+@intrinsic(prefer_literal=True)
 def multiply_tile(
     typing_context, rows, columns, lanes, itemsize, a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add
 ):
@@ -256,8 +368,7 @@ def _load(builder, pointer, offset, vector, align):
 
 
 def _broadcast(builder, pointer, scalar, lanes):
-    value = builder.load(builder.bitcast(pointer, scalar.as_pointer()))
-    return _spread(builder, value, ir.VectorType(scalar, lanes))
+    return _splat(builder, builder.load(builder.bitcast(pointer, scalar.as_pointer())), lanes)
 
 
 def _prefetch(builder, pointer, nbytes):
@@ -307,7 +418,7 @@ def finish_tile(
     def generate(context, builder, signature, args):
         vector = ir.VectorType(args[10].type, shape[1])
         added = _load(builder, builder.inttoptr(args[9], _I8P), 0, vector, shape[2])
-        least = _spread(builder, args[10], vector)
+        least = _splat(builder, args[10], shape[1])
 
         def epilogue(value):
             value = builder.fadd(value, added)
@@ -391,9 +502,3 @@ def _fma(builder, vector):
     bits = 32 if isinstance(vector.element, ir.FloatType) else 64
     name = f"llvm.fma.v{vector.count}f{bits}"
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-
-
-def _spread(builder, value, vector):
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), zeros)

@@ -1,0 +1,168 @@
+"""Moving pixels: between arrays of any layout and the strips, blocks and panels that register tiles work on.
+
+    strip   (rows, pitch, C)            part of an image with its padding, channels last
+    block   (pixels, WIDTH)             results of one register tile's width of filters
+    panels  (G, panels, taps, C, WIDTH) the weight, in the order in which a tile reads it
+
+Where the array has channels first, LANES x LANES elements at a time change places in registers. Everything is a byte
+address, a byte stride or a size; a `layout` is (address, N, C, D, H, W byte strides).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .compile import device
+from .epilogue import activate
+from .simd import copy_bytes, integer, load, scatter_transposed, store, transpose_block, zero_bytes
+
+
+class Strips(NamedTuple):
+    """Device functions for one register tile and one size of element."""
+
+    fill: Callable[..., Any]
+    copy_pixels: Callable[..., Any]
+    finish: Callable[..., Any]
+    emit: Callable[..., Any]
+    pack: Callable[..., Any]
+
+
+def pack_table(channels, taps, order, width, itemsize, transposed):
+    """Return where `Strips.pack` puts each row of a panel, in bytes: int64, -1 for taps that are left out.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of one group that are summed over.
+    taps : int
+        Taps of the kernel, T*R*S.
+    order : sequence of int
+        Taps in the order in which the tile meets them.
+    width, itemsize : int
+        Of the register tile.
+    transposed : bool
+        Whether the sum is over filters, as in the input gradient.
+    """
+    position = np.full(taps, -1, np.int64)
+    position[order] = np.arange(len(order))
+    rows = position * channels
+    if not transposed:
+        # The weight's own order is (channel, tap).
+        rows = np.where(position < 0, -1, rows + np.arange(channels)[:, None]).ravel()
+    return np.where(rows < 0, -1, rows * width * itemsize)
+
+
+@lru_cache(maxsize=16)
+def strips(tile, itemsize):
+    """Return the functions for a register tile, whose shape is a constant in them."""
+    WIDTH, LANES, SIZE = tile.width, tile.lanes, itemsize
+    PIXEL = WIDTH * SIZE
+
+    @device
+    def copy_pixels(target, source, count, C, channel, step):
+        """Copy `count` pixels of C channels from any layout to channels last."""
+        if channel == SIZE or C == 1:
+            # Pixels that lie side by side are one stretch of memory.
+            stretches, length = (1, count * C * SIZE) if step == C * SIZE else (count, C * SIZE)
+            for q in range(stretches):
+                copy_bytes(target + q * length, source + q * step, length)
+        elif step == SIZE and C >= 4:
+            for q in range(0, count, LANES):
+                for c in range(0, C, LANES):
+                    transpose_block(
+                        LANES, SIZE, source + c * channel + q * SIZE, channel, C - c, count - q,
+                        target + (q * C + c) * SIZE, C * SIZE,
+                    )  # fmt: skip
+        else:
+            # A few pixels at a time, so that the lines they are written to stay in the cache for all channels.
+            for start in range(0, count, LANES):
+                for c in range(C):
+                    for q in range(start, min(start + LANES, count)):
+                        store(SIZE, target + (q * C + c) * SIZE, load(SIZE, source + c * channel + q * step))
+
+    @device
+    def fill(strip, source, layout, extent, C, depths, corner, rows, pitch):
+        """Copy `rows` rows of each depth, from a corner that may lie outside: channels last, zeros for padding.
+
+        `source` is the address of the image's first channel, `depths` the address and count of depths relative to
+        the corner's.
+        """
+        (D, H, W), (d0, h0, w0) = extent, corner
+        left = min(max(-w0, 0), pitch)
+        right = max(min(W - w0, pitch), left)
+        pixel = C * SIZE
+        for plane in range(depths[1]):
+            d = d0 + integer(depths[0], plane)
+            for h in range(h0, h0 + rows):
+                if d < 0 or d >= D or h < 0 or h >= H:
+                    zero_bytes(strip, pitch * pixel)
+                else:
+                    zero_bytes(strip, left * pixel)
+                    zero_bytes(strip + right * pixel, (pitch - right) * pixel)
+                    row = source + d * layout[3] + h * layout[4] + (w0 + left) * layout[5]
+                    copy_pixels(strip + left * pixel, row, right - left, C, layout[2], layout[5])
+                strip += pitch * pixel
+
+    @device
+    def finish(block, bias, used, pixels, code):
+        """Add the bias (0: none) and apply the activation to a block (pixels, WIDTH), in place."""
+        for pixel in range(block, block + pixels * PIXEL, PIXEL):
+            for k in range(used):
+                value = load(SIZE, pixel + k * SIZE)
+                if bias:
+                    value += load(SIZE, bias + k * SIZE)
+                store(SIZE, pixel + k * SIZE, activate(value, code))
+
+    @device
+    def emit(block, target, channel, step, used, count):
+        """Write a row of a block (count, WIDTH) to an array of any layout, `used` channels of it."""
+        if channel == SIZE:
+            if used == WIDTH:
+                for q in range(count):
+                    copy_bytes(target + q * step, block + q * PIXEL, PIXEL)
+            else:
+                for q in range(count):
+                    copy_bytes(target + q * step, block + q * PIXEL, used * SIZE)
+        elif step == SIZE and used >= 4:
+            for k in range(0, used, LANES):
+                for q in range(0, count, LANES):
+                    transpose_block(
+                        LANES, SIZE, block + q * PIXEL + k * SIZE, PIXEL, count - q, used - k,
+                        target + k * channel + q * SIZE, channel,
+                    )  # fmt: skip
+        else:
+            for k in range(used):
+                for q in range(count):
+                    store(SIZE, target + k * channel + q * step, load(SIZE, block + q * PIXEL + k * SIZE))
+
+    @device
+    def pack(panel, weight, filter_, channel, inner, taps, used, table, transposed):
+        """Write one panel (taps, inner, WIDTH) of the weight (K, C, taps), zeros beyond its `used` columns.
+
+        `weight` is the address of the panel's first filter, or channel if `transposed`; taps lie side by side.
+        `table` is that of `pack_table`.
+        """
+        for k in range(0, WIDTH, LANES):
+            rows = max(min(used - k, LANES), 0)
+            if transposed and taps == 1:
+                for i in range(inner):
+                    target = panel + i * PIXEL + k * SIZE
+                    copy_bytes(target, weight + i * filter_ + k * channel, rows * SIZE)
+                    zero_bytes(target + rows * SIZE, (LANES - rows) * SIZE)
+            elif transposed:
+                for i in range(inner):
+                    source, target = weight + i * filter_ + k * channel, panel + i * PIXEL + k * SIZE
+                    for j in range(0, taps, LANES):
+                        scatter_transposed(
+                            LANES, SIZE, source + j * SIZE, channel, rows, min(taps - j, LANES), target, table + j * 8
+                        )
+            else:
+                source, target, length = weight + k * filter_, panel + k * SIZE, inner * taps
+                for j in range(0, length, LANES):
+                    scatter_transposed(
+                        LANES, SIZE, source + j * SIZE, filter_, rows, min(length - j, LANES), target, table + j * 8
+                    )
+
+    return Strips(fill, copy_pixels, finish, emit, pack)
