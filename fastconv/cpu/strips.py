@@ -39,14 +39,15 @@ def pack_table(channels, taps, order, width, itemsize, transposed):
     taps : int
         Taps of the kernel, T*R*S.
     order : sequence of int
-        Taps in the order in which the tile meets them.
+        Taps in the order in which the tile meets them; -1 is a row that stays as it is.
     width, itemsize : int
         Of the register tile.
     transposed : bool
         Whether the sum is over filters, as in the input gradient.
     """
     position = np.full(taps, -1, np.int64)
-    position[order] = np.arange(len(order))
+    order = np.asarray(order, np.int64)
+    position[order[order >= 0]] = np.flatnonzero(order >= 0)
     rows = position * channels
     if not transposed:
         # The weight's own order is (channel, tap).

@@ -1,9 +1,10 @@
 """Winograd's minimal filtering, F(m x m, 3 x 3): a tile of m*m outputs for (m+2)**2 products a channel.
 
-    y = A^T [ sum over channels  (G w G^T) * (B^T x B) ] A           x: tile of t*t, t = m + 2     (matrices: `toom_cook`)
+    y = A^T [ sum over channels  (G w G^T) * (B^T x B) ] A        x: tile of t*t, t = m + 2
 
-The sum over channels is, for each of the t*t positions of a tile, a matrix product of tiles and filters, done by the
-register tile of `simd.py` (Lavin & Gray, "Fast algorithms for convolutional neural networks", 2016, section 4).
+The matrices are those of `toom_cook`. The sum over channels is, for each of the t*t positions of a tile, a matrix
+product of tiles and filters, done by the register tile of `simd.py` (Lavin & Gray, "Fast algorithms for convolutional
+neural networks", 2016, section 4).
 
 A larger kernel is cut into blocks of 3x3 taps. All blocks share the sum: they are more channels of it, read from the
 input 3 positions further on. A dilated one works on every dilation-th pixel. The input gradient is the same with the
@@ -11,9 +12,11 @@ taps reversed; the weight gradient sums over tiles instead,
 
     dw = G^T [ sum over tiles  (A dy A^T) * (B^T x B) ] G
 
-Memory: x and y in place where channels are last, through a strip or a block where they are first or at a border.
-A thread holds V (t*t, tiles, channels) and M (t*t, tiles, filters) of a block of tiles in its cache, all share
-U (t*t, panels, channels, WIDTH), the transformed weight.
+Memory: U (t*t, panels, channels, WIDTH) is the transformed weight, V (t*t, tiles, channels) the input, M (t*t, tiles,
+filters) their products, Y (t*t, tiles, filters) the output gradient. Where there are more tiles than filters, all
+threads share U and each holds V and M of a block of tiles in its cache. Where there are more filters, they share V,
+and U of a panel lives as long as it is multiplied. Images are read and written in place where channels are last,
+through a strip or a block where they are first and at borders.
 
 An infinity or a NaN in the input reaches every output of the tiles that read it.
 """
@@ -27,7 +30,7 @@ import numpy as np
 from ..registry import Buffer
 from . import machine, threads
 from .compile import Task, device, share, task
-from .epilogue import CODES, activate
+from .epilogue import CODES
 from .memory import address, extent_of, layout_of
 from .simd import (
     INPUT,
@@ -35,7 +38,6 @@ from .simd import (
     TAPS,
     TAPS_GRAD,
     Tile,
-    copy_bytes,
     finish_tile,
     integer,
     integers,
@@ -46,21 +48,24 @@ from .simd import (
     transform_tile,
     zero_bytes,
 )
+from .strips import pack_table, strips
 
-# Products per running sum. The transforms amplify its rounding error: at 64 F(4x4) stays below 1e-6.
-CHAIN = 64
-# Tiles per running sum of a weight gradient.
-TILE_CHAIN = 128
+# Products per running sum, over channels or tiles: the transforms amplify its rounding error. Measured, F(4x4) stays
+# below 1e-6 with 64.
+CHAINS = {2: 256, 4: 64, 6: 256}
 # Channels times blocks of taps up to which F(4x4) was measured to keep 1e-6.
-MOST_CHANNELS = 4096
+MOST_DEPTH = 4096
 # Bytes of V and M that a thread works on: the second-level cache.
 BLOCK_BYTES = 768 * 1024
 STRIP_BYTES = 128 * 1024
-# Bytes of workspace that a weight gradient uses for the tiles it sums at once.
-ROUND_BYTES = 24 << 20
+# Bytes of V, and of V and Y of the tiles that a weight gradient sums at once, that all threads share.
+SHARED_BYTES = 24 << 20
+# Bytes of workspace in all.
 MOST_BYTES = 64 << 20
-# Bytes between two tiles beyond their channels: rows a power of two apart share their cache sets.
-PAD_BYTES = 64
+# Bytes between two tiles beyond their channels: room for a whole panel, and rows off a power of two.
+PAD_BYTES = 128
+# Channels whose taps are put in order at a time.
+STAGE = 16
 
 
 class Problem(NamedTuple):
@@ -76,12 +81,13 @@ class Problem(NamedTuple):
     low: tuple[int, int, int]
     kernel: tuple[int, int, int]
     dilation: tuple[int, int, int]
+    reversed: bool
     # Tiles along H and W of one dilation phase.
     tiles: tuple[int, int]
 
     @property
     def blocks(self) -> tuple[int, int, int]:
-        """Blocks of 3x3 taps the kernel is cut into."""
+        """Blocks of 3x3 taps the kernel is cut into, for each tap along D."""
         T, R, S = self.kernel
         return T, -(-R // 3), -(-S // 3)
 
@@ -103,15 +109,15 @@ class Blocking(NamedTuple):
     tiles: int
     run: int
     panels: int
+    by_filters: bool = False
 
-
-def winograd(m):
-    """Return the algorithm F(m x m, 3 x 3) as its module's functions."""
-    return Winograd(m)
+    def filled(self, tiles: int) -> int:
+        """Return how many tiles fill up register tiles."""
+        return -(-tiles // self.tile.rows) * self.tile.rows
 
 
 class Winograd:
-    """The algorithm functions of one output tile size; see `registry`."""
+    """The functions of an algorithm, see `registry`, for one size of output tile."""
 
     def __init__(self, m):
         self.m = m
@@ -124,17 +130,17 @@ class Winograd:
             return False, f"tiles need stride 1, not {g.stride}"
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
-        problem = _problem(g, direction, self.m)
-        if problem.depth > MOST_CHANNELS:
-            return False, f"the sum over {problem.depth} channels and blocks of taps is too long for its precision"
-        if direction == "weight_grad" and _gradient_bytes(problem, self.m, _tile(g)) > MOST_BYTES - ROUND_BYTES:
+        p = _problem(g, direction, self.m)
+        if p.depth > MOST_DEPTH and direction != "weight_grad":
+            return False, f"a sum over {p.depth} channels and blocks of taps is too long for its precision"
+        if direction == "weight_grad" and _sums_bytes(p, self.m, g) > MOST_BYTES - SHARED_BYTES:
             return False, "the transformed weight gradient is larger than its workspace may be"
         return True, ""
 
     def seconds(self, g, direction, threads_):
         """Predicted time: the products, the transforms' traffic, and the weight's."""
         p, t2 = _problem(g, direction, self.m), (self.m + 2) ** 2
-        tile, constants = _tile(g), machine.constants()
+        tile, constants = tile_for(g.dtype.itemsize), machine.constants()
         scale = g.dtype.itemsize / 4
         columns = -(-p.targets // tile.width) * tile.width
         products = 2 * t2 * p.tile_count * p.groups * p.depth * columns * scale
@@ -148,23 +154,26 @@ class Winograd:
         )
 
     def workspace(self, g, direction, limit):
-        """The transformed weight, and V, M, a strip and a block per thread; or V and Y of a round of tiles."""
-        problem, m, count = _problem(g, direction, self.m), self.m, _chunks(g)
+        """U, V, M and Y as far as they live at once; per thread a strip of input, a block of output and some taps."""
+        m, t2, count = self.m, (self.m + 2) ** 2, threads.count()
+        p = _problem(g, direction, m)
         if direction == "weight_grad":
-            return _gradient_workspace(g, problem, m, count, limit)
-        p, b, t2 = problem, _blocking(problem, m, g.dtype.itemsize, count), (m + 2) ** 2
-        panels, slack = _panels(p, b.tile), b.tile.lanes
-        rows = -(-b.tiles // b.tile.rows) * b.tile.rows
-        pad = PAD_BYTES // g.dtype.itemsize
-        return {
-            "U": Buffer((t2 * p.groups * panels * p.depth * b.tile.width + 64 * b.tile.width,), g.dtype),
-            "taps": Buffer((count, 9 * b.tile.width), g.dtype),
-            "bias": Buffer((p.groups * panels * b.tile.width + 1,), g.dtype),
-            "V": Buffer((count, t2 * rows * (max(p.depth, slack) + pad) + slack), g.dtype),
-            "M": Buffer((count, t2 * rows * (b.panels * b.tile.width + pad)), g.dtype),
-            "strip": Buffer((count, _strip_elements(p, m, b.run) + slack), g.dtype),
-            "block": Buffer((count, b.run * m * m * b.panels * b.tile.width), g.dtype),
+            return _gradient_workspace(g, p, m, count, limit)
+        b, size = _blocking(p, m, g.dtype.itemsize, count), g.dtype.itemsize
+        U = t2 * p.depth * b.tile.width
+        pad = PAD_BYTES // size
+        V = t2 * (p.groups * p.depth + pad)
+        shapes = {
+            "U": (count, U) if b.by_filters else (1, U * p.groups * _panels(p, b.tile)),
+            "V": (1, V * b.filled(p.tile_count)) if b.by_filters else (count, t2 * b.filled(b.tiles) * (p.depth + pad)),
+            "M": (count, t2 * b.filled(b.tiles) * (b.panels * b.tile.width + pad)),
+            "taps": (count, _tap_count(p) * STAGE * b.tile.width),
+            "bias": (1, p.groups * _panels(p, b.tile) * b.tile.width + 1),
+            # A pixel of fewer channels than a vector has is read with its neighbours.
+            "strip": (count, _strip_elements(p, m, b.run) + b.tile.lanes),
+            "block": (count, b.run * m * m * b.tile.width),
         }
+        return {name: Buffer(shape, g.dtype) for name, shape in shapes.items()}
 
     def forward(self, g, x, weight, bias, activation, out, workspace):
         """Write the convolution of `x` with `weight`, plus bias, through the activation, to `out`."""
@@ -175,30 +184,62 @@ class Winograd:
         self._convolve(g, "input_grad", grad_output, weight, None, None, out, workspace)
 
     def _convolve(self, g, direction, source, weight, bias, activation, out, workspace):
-        p, count = _problem(g, direction, self.m), len(workspace["V"])
+        p, count = _problem(g, direction, self.m), len(workspace["M"])
         b = _blocking(p, self.m, g.dtype.itemsize, count)
-        run, w = tasks(self.m, b.tile, g.dtype.itemsize), workspace
-        run.transform_weight(
-            count, address(weight), *weight.strides, p.groups, p.inner, p.targets, direction == "input_grad",
-            *p.kernel, address(w["U"]), address(w["taps"]), w["taps"].strides[0],
-            0 if bias is None else address(bias), address(w["bias"]), activation == "relu",
-        )  # fmt: skip
-        run.convolve(
-            count, *layout_of(source, g.data_format), *layout_of(out, g.data_format),
+        run, table = tasks(self.m, b.tile, g.dtype.itemsize), _tap_table(p, b.tile, g.dtype.itemsize)
+        arguments = (
+            *layout_of(source, g.data_format), *layout_of(out, g.data_format),
             *extent_of(source, g.data_format), *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
             *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels, CODES[activation],
-            address(w["U"]), address(w["bias"]),
-            *(number for name in ("V", "M", "strip", "block") for number in (address(w[name]), w[name].strides[0])),
-            0,
+            *_places(workspace, "U", "V", "M", "taps", "bias", "strip", "block"),
+            address(weight), math.prod(p.kernel), address(table), p.reversed, b.by_filters,
+            0, 0, p.tile_count, b.filled(p.tile_count),
         )  # fmt: skip
+        _pad_bias(bias, workspace["bias"][0], p, activation == "relu")
+        if b.by_filters:
+            run.transform_source(count, *arguments)
+        else:
+            run.transform_weight(count, *arguments)
+        run.convolve(count, *arguments)
+
+    def weight_grad(self, g, grad_output, x, out, workspace):
+        """Write the gradient with respect to the weight to `out`."""
+        p, count = _problem(g, "weight_grad", self.m), len(workspace["taps"])
+        tile = tile_for(g.dtype.itemsize)
+        tiles = workspace["V"].shape[1] // _tile_elements(p, p.depth, self.m, g)
+        b = Blocking(tile, tiles, _run(p, self.m, g.dtype.itemsize, tiles), 1)
+        run, table = tasks(self.m, b.tile, g.dtype.itemsize), _tap_table(p, b.tile, g.dtype.itemsize)
+        for first in range(0, max(p.tile_count, 1), b.tiles):
+            last = min(first + b.tiles, p.tile_count)
+            arguments = (
+                *layout_of(x, g.data_format), *layout_of(grad_output, g.data_format),
+                *extent_of(x, g.data_format), *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
+                *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels, 0,
+                *_places(workspace, "sums", "V", "Y", "taps", "strip", "strip", "taps"),
+                address(out), math.prod(p.kernel), address(table), False, True, 0, first, last, b.tiles,
+            )  # fmt: skip
+            run.transform_source(count, *arguments)
+            run.transform_grads(count, *arguments)
+            run.reduce(count, *arguments)
+        run.finish(count, *arguments)
 
 
-def _tile(g):
-    return tile_for(g.dtype.itemsize)
+def _pad_bias(bias, padded, p, relu):
+    """Write the bias as (G, panels, WIDTH), zeros beyond the last filter, and the least output."""
+    panels = padded[:-1].reshape(p.groups, -1)
+    panels[...] = 0
+    if bias is not None:
+        panels[:, : p.targets] = bias.reshape(p.groups, p.targets)
+    padded[-1] = 0 if relu else -np.inf
 
 
-def _chunks(g):
-    return threads.count()
+def _places(workspace, *names):
+    """Return address and bytes per thread of each buffer; a shared one is the same for all threads."""
+    return (
+        number
+        for name in names
+        for number in (address(workspace[name]), workspace[name].strides[0] if len(workspace[name]) > 1 else 0)
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -209,279 +250,477 @@ def _problem(g, direction, m):
     if direction == "input_grad":
         C, K, size = K, C, g.input_size
         low = tuple(b - d * (k - 1) for b, d, k in zip(before, g.dilation, g.kernel_size))
-    tiles = tuple(-(-(-(-n // d)) // m) for n, d in zip(size[1:], g.dilation[1:]))
-    return Problem(g.batch, g.groups, C, K, size, low, g.kernel_size, g.dilation, tiles)
+    tiles = tuple((n + d * m - 1) // (d * m) for n, d in zip(size[1:], g.dilation[1:]))
+    return Problem(g.batch, g.groups, C, K, size, low, g.kernel_size, g.dilation, direction == "input_grad", tiles)
 
 
-def _panels(problem, tile):
-    return -(-problem.targets // tile.width)
+def _panels(p, tile):
+    return -(-p.targets // tile.width)
+
+
+def _tap_count(p):
+    return 9 * math.prod(p.blocks)
+
+
+@lru_cache(maxsize=1024)
+def _tap_table(p, tile, itemsize):
+    """Where each tap goes: into a grid of whole blocks of 3x3."""
+    T, R, S = p.kernel
+    _, A, B = p.blocks
+    order = np.arange(T * R * S).reshape(T, R, S)
+    if p.reversed:
+        order = order[::-1, ::-1, ::-1]
+    grid = np.full((T, 3 * A, 3 * B), -1)
+    grid[:, :R, :S] = order
+    return pack_table(STAGE, T * R * S, grid.ravel(), tile.width, itemsize, p.reversed)
 
 
 def _strip_elements(p, m, run):
     _, A, B = p.blocks
-    return (m + 2 + 3 * (A - 1)) * (run * m + 2 + 3 * (B - 1)) * p.inner
+    taller, wider = m + 2 + 3 * (A - 1), run * m + 2 + 3 * (B - 1)
+    return max(taller * wider * p.inner, m * run * m * p.targets)
 
 
 @lru_cache(maxsize=1024)
 def _blocking(p, m, itemsize, count):
     """Choose as many tiles as the cache holds with their channels and filters, an equal number of blocks per thread."""
     tile, t2 = tile_for(itemsize), (m + 2) ** 2
-    panels = min(_panels(p, tile), max(4, BLOCK_BYTES // (2 * t2 * 2 * tile.rows * tile.width * itemsize)))
-    bytes_per_tile = t2 * (p.depth + panels * tile.width) * itemsize
+    shared = t2 * p.groups * p.depth * p.tile_count * itemsize
+    by_filters = p.targets > p.tile_count and shared <= SHARED_BYTES
+    panels = (
+        1 if by_filters else min(_panels(p, tile), max(4, BLOCK_BYTES // (4 * t2 * tile.rows * tile.width * itemsize)))
+    )
+    bytes_per_tile = t2 * ((0 if by_filters else p.depth) + panels * tile.width) * itemsize
     most = max(BLOCK_BYTES // bytes_per_tile // tile.rows, 2) * tile.rows
     blocks = max(-(-p.tile_count // most), 1)
-    if blocks * p.groups % count:
+    if not by_filters and blocks * p.groups % count:
         blocks += count - blocks % count
     tiles = max(-(-p.tile_count // blocks), 1)
-    run = max(STRIP_BYTES // (_strip_elements(p, m, 1) * itemsize), 1)
-    return Blocking(tile, tiles, min(run, p.tiles[1], tiles), panels)
+    return Blocking(tile, tiles, _run(p, m, itemsize, tiles), panels, by_filters)
+
+
+def _run(p, m, itemsize, tiles):
+    """Tiles of a row that are copied to a strip at a time."""
+    return min(max(STRIP_BYTES // (_strip_elements(p, m, 1) * itemsize), 1), p.tiles[1], tiles)
+
+
+def _sums_bytes(p, m, g):
+    tile = tile_for(g.dtype.itemsize)
+    return (m + 2) ** 2 * p.groups * _panels(p, tile) * _rows(p, tile) * tile.width * g.dtype.itemsize
+
+
+def _rows(p, tile):
+    """Rows of a panel of sums: channels and blocks of taps that fill up register tiles."""
+    return -(-p.depth // tile.rows) * tile.rows
+
+
+def _tile_elements(p, channels, m, g):
+    """Elements of one tile of V, or of Y."""
+    return (m + 2) ** 2 * (p.groups * channels + PAD_BYTES // g.dtype.itemsize)
+
+
+def _gradient_workspace(g, p, m, count, limit):
+    """As many tiles of V and Y as the shared memory holds."""
+    tile, size, sums = tile_for(g.dtype.itemsize), g.dtype.itemsize, _sums_bytes(p, m, g)
+    V, Y = _tile_elements(p, p.depth, m, g), _tile_elements(p, p.targets, m, g)
+    most = max(min(SHARED_BYTES, limit - sums) // ((V + Y) * size), 16)
+    tiles = -(-p.tile_count // -(-p.tile_count // most))
+    shapes = {
+        "sums": (1, sums // size),
+        "V": (1, tiles * V),
+        "Y": (1, tiles * Y),
+        "taps": (count, _tap_count(p) * tile.width),
+        "strip": (count, _strip_elements(p, m, _run(p, m, size, tiles)) + tile.lanes),
+    }
+    return {name: Buffer(shape, g.dtype) for name, shape in shapes.items()}
 
 
 class Tasks(NamedTuple):
     """The loops of one tile size."""
 
     transform_weight: Task
+    transform_source: Task
+    transform_grads: Task
     convolve: Task
+    reduce: Task
+    finish: Task
 
 
 @lru_cache(maxsize=16)
 def tasks(m, tile, itemsize):
-    """Return the tasks for F(m x m, 3 x 3) over one register tile; all are constants in them."""
+    """Return the tasks for F(m x m, 3 x 3) over one register tile; all are constants in them.
+
+    They read the same arguments:
+
+        0 chunks          1 source layout    7 target layout   13 source extent   16 target size    19 N, G, C, K
+       23 low            26 blocks          29 dilation        32 tiles           34 tile count     35 tiles at a time
+       36 run            37 panels          38 activation      39 U, V, M, taps, bias, strip, block: address, bytes
+       53 weight         54 taps            55 table           56 reversed        57 by filters     58 zero
+       59 first tile     60 last tile       61 tiles of V
+    """
     ROWS, COLUMNS, LANES = tile
     WIDTH, SIZE, VECTOR, PIXEL = tile.width, itemsize, LANES * itemsize, tile.width * itemsize
-    M, T = m, m + 2
+    M, T, CHAIN = m, m + 2, CHAINS[m]
     # The argument that is 0: the one offset of a reduction without gaps.
-    ZERO = 49
+    ZERO = 58
+    move = strips(tile, itemsize)
+    emit, activate_block, pack = move.emit, move.finish, move.pack
+    transform_input = _image_transform(m, tile, itemsize, INPUT, T)
+    transform_output_grad = _image_transform(m, tile, itemsize, OUTPUT_GRAD, M)
 
     @task
     def transform_weight(arguments, chunk):
-        """(G*K, C, D, R, S) -> U (t*t, G, panels, blocks, C, WIDTH); bias -> (G, panels, WIDTH), the least output."""
-        chunks, weight, filter_, channel, plane, row, column = integers(arguments, 0, 7)
-        G, C, K, transposed, D, R, S = integers(arguments, 7, 7)
-        U, taps, taps_bytes, bias, padded_bias, relu = integers(arguments, 14, 6)
-        taps += chunk * taps_bytes
-        panels, A, B = (K + WIDTH - 1) // WIDTH, (R + 2) // 3, (S + 2) // 3
-        group = filter_ * (C if transposed else K)
-        along, across = (filter_, channel) if transposed else (channel, filter_)
-        position = G * panels * D * A * B * C * PIXEL
-        begin, end = share(G * panels * D * A * B, chunk, chunks)
+        """Weight -> U (t*t, G, panels, depth, WIDTH)."""
+        chunks, (G, C, K), blocks = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
+        U, panels, parts = integer(arguments, 39), (K + WIDTH - 1) // WIDTH, (C + STAGE - 1) // STAGE
+        depth = blocks[0] * blocks[1] * blocks[2] * C
+        begin, end = share(G * panels * parts, chunk, chunks)
+        _clear_taps(arguments, chunk)
         for job in range(begin, end):
-            b, a, d = job % B, job // B % A, job // (A * B) % D
-            panel, g = job // (A * B * D) % panels, job // (A * B * D * panels)
-            used = min(WIDTH, K - panel * WIDTH)
-            source = weight + g * group + panel * WIDTH * across + (D - 1 - d if transposed else d) * plane
-            zero_bytes(taps, 9 * PIXEL)
-            for c in range(C):
-                for i in range(3):
-                    for j in range(3):
-                        r, s = 3 * a + i, 3 * b + j
-                        if r < R and s < S:
-                            at = (R - 1 - r if transposed else r) * row + (S - 1 - s if transposed else s) * column
-                            for k in range(used):
-                                place = taps + (3 * i + j) * PIXEL + k * SIZE
-                                store(SIZE, place, load(SIZE, source + at + k * across + c * along))
-                for k in range(COLUMNS):
-                    transform_tile(
-                        M, TAPS, LANES, SIZE, taps + k * VECTOR, 3 * PIXEL, PIXEL,
-                        U + (job * C + c) * PIXEL + k * VECTOR, T * position, position,
-                    )  # fmt: skip
-        if chunk == 0:
-            _pad_bias(bias, padded_bias, G, K, panels, relu)
+            panel, c = job // parts, job % parts * STAGE
+            _transform_panel(
+                arguments, chunk, panel // panels, panel % panels, c, min(c + STAGE, C),
+                U + panel * depth * PIXEL, G * panels * depth * PIXEL,
+            )  # fmt: skip
 
     @device
-    def _pad_bias(bias, target, G, K, panels, relu):
-        zero_bytes(target, G * panels * PIXEL)
-        if bias:
-            for g in range(G):
-                copy_bytes(target + g * panels * PIXEL, bias + g * K * SIZE, K * SIZE)
-        store(SIZE, target + G * panels * PIXEL, 0.0 if relu else -np.inf)
+    def _clear_taps(arguments, chunk):
+        blocks, (taps, taps_bytes) = integers(arguments, 26, 3), integers(arguments, 45, 2)
+        zero_bytes(taps + chunk * taps_bytes, 9 * blocks[0] * blocks[1] * blocks[2] * STAGE * PIXEL)
+
+    @device
+    def _transform_panel(arguments, chunk, g, panel, c0, c1, U, position):
+        """Some channels of the weight of one panel of filters -> U (t*t, depth, WIDTH)."""
+        (C, K), (D, A, B) = integers(arguments, 21, 2), integers(arguments, 26, 3)
+        taps, taps_bytes = integers(arguments, 45, 2)
+        weight, count, table, is_reversed = integers(arguments, 53, 4)
+        taps += chunk * taps_bytes
+        tap, step = count * SIZE, STAGE * PIXEL
+        if is_reversed:
+            at = weight + ((g * C + c0) * K + panel * WIDTH) * tap
+        else:
+            at = weight + ((g * K + panel * WIDTH) * C + c0) * tap
+        used = min(WIDTH, K - panel * WIDTH)
+        pack(taps, at, (K if is_reversed else C) * tap, tap, c1 - c0, count, used, table, is_reversed)
+        for block in range(D * A * B):
+            corner = (block // B * 3) * (3 * B) + block % B * 3
+            for c in range(c0, c1):
+                for k in range(0, PIXEL, VECTOR):
+                    transform_tile(
+                        M, TAPS, LANES, SIZE, taps + corner * step + (c - c0) * PIXEL + k, 3 * B * step, step,
+                        U + (block * C + c) * PIXEL + k, T * position, position,
+                    )  # fmt: skip
+
+    @task
+    def transform_source(arguments, chunk):
+        """Source -> V (t*t, tiles, G, depth), shared."""
+        chunks, source, extent = integer(arguments, 0), integers(arguments, 1, 6), integers(arguments, 13, 3)
+        (G, C), low = integers(arguments, 20, 2), integers(arguments, 23, 3)
+        blocks, dilation, across = integers(arguments, 26, 3), integers(arguments, 29, 3), integers(arguments, 32, 2)
+        run, V, (strip, strip_bytes) = integer(arguments, 36), integer(arguments, 41), integers(arguments, 49, 2)
+        (first, last, tiles), depth = integers(arguments, 59, 3), blocks[0] * blocks[1] * blocks[2] * C
+        pitch = G * depth * SIZE + PAD_BYTES
+        begin, end = share(last - first, chunk, chunks)
+        for g in range(G):
+            transform_input(
+                source, source[0] + g * C * source[2], extent, C, low, blocks, dilation, across, integer(arguments, 16),
+                first + begin, first + end, run, strip + chunk * strip_bytes,
+                V + begin * pitch + g * depth * SIZE, pitch, tiles * pitch, arguments + ZERO * 8,
+            )  # fmt: skip
+
+    @task
+    def transform_grads(arguments, chunk):
+        """Output gradient -> Y (t*t, tiles, G, filters), shared."""
+        chunks, target, size = integer(arguments, 0), integers(arguments, 7, 6), integers(arguments, 16, 3)
+        G, K, dilation, across = (
+            integer(arguments, 20),
+            integer(arguments, 22),
+            integers(arguments, 29, 3),
+            integers(arguments, 32, 2),
+        )
+        run, Y, (strip, strip_bytes) = integer(arguments, 36), integer(arguments, 43), integers(arguments, 49, 2)
+        first, last, tiles = integers(arguments, 59, 3)
+        pitch = G * K * SIZE + PAD_BYTES
+        begin, end = share(last - first, chunk, chunks)
+        for g in range(G):
+            transform_output_grad(
+                target, target[0] + g * K * target[2], size, K, (0, 0, 0), (1, 1, 1), dilation, across, size[0],
+                first + begin, first + end, run, strip + chunk * strip_bytes,
+                Y + begin * pitch + g * K * SIZE, pitch, tiles * pitch, arguments + ZERO * 8,
+            )  # fmt: skip
 
     @task
     def convolve(arguments, chunk):
-        """Transform blocks of tiles, multiply them with the weight, transform the results."""
-        chunks = integer(arguments, 0)
-        source, target = integers(arguments, 1, 6), integers(arguments, 7, 6)
-        extent, size, (N, G, C, K) = integers(arguments, 13, 3), integers(arguments, 16, 3), integers(arguments, 19, 4)
-        low, blocks, dilation = integers(arguments, 23, 3), integers(arguments, 26, 3), integers(arguments, 29, 3)
-        across, (tile_count, TB, run, KP, code) = integers(arguments, 32, 2), integers(arguments, 34, 5)
-        U, bias = integers(arguments, 39, 2)
-        V, V_bytes, m_, m_bytes, strip, strip_bytes, block, block_bytes = integers(arguments, 41, 8)
-        V, m_ = V + chunk * V_bytes, m_ + chunk * m_bytes
-        strip, block = strip + chunk * strip_bytes, block + chunk * block_bytes
-        depth, panels = blocks[0] * blocks[1] * blocks[2] * C, (K + WIDTH - 1) // WIDTH
-        rows = (TB + ROWS - 1) // ROWS * ROWS
-        V_pitch, M_pitch = max(depth, LANES) * SIZE + PAD_BYTES, KP * PIXEL + PAD_BYTES
-        count = (tile_count + TB - 1) // TB
-        begin, end = share(count * G, chunk, chunks)
+        """Multiply blocks of tiles with panels of filters, and transform the products to output."""
+        chunks, by_filters = integer(arguments, 0), integer(arguments, 57)
+        (G, K), (tile_count, TB) = (integer(arguments, 20), integer(arguments, 22)), integers(arguments, 34, 2)
+        panels, count = (K + WIDTH - 1) // WIDTH, (tile_count + TB - 1) // TB
+        begin, end = share(G * (panels if by_filters else count), chunk, chunks)
+        if by_filters:
+            _clear_taps(arguments, chunk)
         for job in range(begin, end):
-            g, first = job // count, job % count * TB
-            last = min(first + TB, tile_count)
-            _transform_input(
-                source, source[0] + g * C * source[2], extent, C, low, blocks, dilation, across, size[0], first, last,
-                run, strip, V, V_pitch, rows * V_pitch,
+            if by_filters:
+                _convolve_panel(arguments, chunk, job // panels, job % panels)
+            else:
+                _convolve_block(arguments, chunk, job // count, job % count * TB)
+
+    @device
+    def _convolve_block(arguments, chunk, g, first):
+        """All filters of a block of tiles; V is this thread's."""
+        source, extent = integers(arguments, 1, 6), integers(arguments, 13, 3)
+        (G, C, K), low = integers(arguments, 20, 3), integers(arguments, 23, 3)
+        blocks, dilation, across = integers(arguments, 26, 3), integers(arguments, 29, 3), integers(arguments, 32, 2)
+        tile_count, TB, run, KP = integers(arguments, 34, 4)
+        U, (V, V_bytes), (strip, strip_bytes) = (
+            integer(arguments, 39),
+            integers(arguments, 41, 2),
+            integers(arguments, 49, 2),
+        )
+        panels, depth = (K + WIDTH - 1) // WIDTH, blocks[0] * blocks[1] * blocks[2] * C
+        rows, pitch = (TB + ROWS - 1) // ROWS * ROWS, depth * SIZE + PAD_BYTES
+        V, last = V + chunk * V_bytes, min(first + TB, tile_count)
+        transform_input(
+            source, source[0] + g * C * source[2], extent, C, low, blocks, dilation, across, integer(arguments, 16),
+            first, last, run, strip + chunk * strip_bytes, V, pitch, rows * pitch, arguments + ZERO * 8,
+        )  # fmt: skip
+        for panel in range(0, panels, KP):
+            _multiply_and_finish(
+                arguments, chunk, g, panel, min(KP, panels - panel), first, last, V, pitch, rows * pitch,
+                U + (g * panels + panel) * depth * PIXEL, G * panels * depth * PIXEL,
             )  # fmt: skip
-            for panel in range(0, panels, KP):
-                some = min(KP, panels - panel)
-                _multiply(
-                    V, V_pitch, rows, last - first, U, G * panels, g * panels + panel, some, depth, m_, M_pitch,
-                    arguments + ZERO * 8,
-                )  # fmt: skip
-                k = panel * WIDTH
-                _transform_output(
-                    target, target[0] + (g * K + k) * target[2], size, min(some * WIDTH, K - k), dilation, across,
-                    first, last, run, block, m_, M_pitch, rows * M_pitch, bias + (g * panels + panel) * PIXEL,
-                    bias + G * panels * PIXEL, code,
-                )  # fmt: skip
 
     @device
-    def _place(tile, across, dilation, depths):
-        """(n, d, phase along H, along W, tile along H, along W) of a tile."""
-        row, tw = tile // across[1], tile % across[1]
-        image, th = row // across[0], row % across[0]
-        image, w = image // dilation[2], image % dilation[2]
-        image, h = image // dilation[1], image % dilation[1]
-        return image // depths, image % depths, h, w, th, tw
+    def _convolve_panel(arguments, chunk, g, panel):
+        """One panel of filters for all tiles; V is shared, U this thread's."""
+        (G, C), blocks = integers(arguments, 20, 2), integers(arguments, 26, 3)
+        (tile_count, TB), (U, U_bytes, V) = integers(arguments, 34, 2), integers(arguments, 39, 3)
+        depth, tiles = blocks[0] * blocks[1] * blocks[2] * C, integer(arguments, 61)
+        U, pitch = U + chunk * U_bytes, G * depth * SIZE + PAD_BYTES
+        for c in range(0, C, STAGE):
+            _transform_panel(arguments, chunk, g, panel, c, min(c + STAGE, C), U, depth * PIXEL)
+        for first in range(0, tile_count, TB):
+            _multiply_and_finish(
+                arguments, chunk, g, panel, 1, first, min(first + TB, tile_count),
+                V + first * pitch + g * depth * SIZE, pitch, tiles * pitch, U, depth * PIXEL,
+            )  # fmt: skip
 
     @device
-    def _transform_input(
-        source, base, extent, C, low, blocks, dilation, across, depths, first, last, run, strip, V, V_pitch, V_position
+    def _multiply_and_finish(
+        arguments, chunk, g, panel, some, first, last, V, V_pitch, V_position, U, U_position
     ):  # fmt: skip
-        """Source -> V (t*t, tiles, blocks of taps, channels), a run of neighbouring tiles at a time."""
-        D, A, B = blocks
-        tall, wide = T + 3 * (A - 1), T + 3 * (B - 1)
-        i = first
-        while i < last:
-            n, d0, h0, w0, th, tw = _place(i, across, dilation, depths)
-            h, w = h0 + dilation[1] * th * M + low[1], w0 + dilation[2] * tw * M + low[2]
-            count = min(run, across[1] - tw, last - i)
-            # Tiles wholly inside are read in place: as many as there are, or the one at the border from a strip.
-            inside = (extent[2] - 1 - w) // dilation[2] + 1 - wide
-            inside = min(inside // M + 1, across[1] - tw, last - i) if inside >= 0 and w >= 0 else 0
-            fits = source[2] == SIZE and C >= LANES and h >= 0 and h + (tall - 1) * dilation[1] < extent[1]
-            in_place = fits and inside > 0
-            count = inside if in_place else min(count, 1) if fits and tw == 0 else count
-            for d in range(D):
-                depth = d0 + d * dilation[0] + low[0]
-                if in_place and 0 <= depth < extent[0]:
-                    at = base + n * source[1] + depth * source[3] + h * source[4] + w * source[5]
-                    row, pixel = dilation[1] * source[4], dilation[2] * source[5]
-                    _transform_tiles(
-                        at, row, pixel, count, C, A, B, V + (i - first) * V_pitch + d * A * B * C * SIZE, V_pitch,
-                        V_position,
-                    )  # fmt: skip
-                else:
-                    for start in range(0, count, run):
-                        some = min(run, count - start)
-                        pitch = (some - 1) * M + wide
-                        _fill(
-                            strip, base + n * source[1], source, extent, C, depth, h, w + start * M * dilation[2],
-                            dilation, tall, pitch,
-                        )  # fmt: skip
-                        _transform_tiles(
-                            strip, pitch * C * SIZE, C * SIZE, some, C, A, B,
-                            V + (i - first + start) * V_pitch + d * A * B * C * SIZE, V_pitch, V_position,
-                        )  # fmt: skip
-            i += count
-
-    @device
-    def _transform_tiles(source, row, pixel, count, C, A, B, V, V_pitch, V_position):
-        for tile in range(count):
-            for a in range(A):
-                for b in range(B):
-                    at = source + 3 * a * row + (tile * M + 3 * b) * pixel
-                    to = V + tile * V_pitch + (a * B + b) * C * SIZE
-                    for start in range(0, C, LANES):
-                        # The last vector overlaps the one before it.
-                        c = max(min(start, C - LANES), 0) * SIZE
-                        transform_tile(M, INPUT, LANES, SIZE, at + c, row, pixel, to + c, T * V_position, V_position)
-
-    @device
-    def _fill(strip, source, layout, extent, C, d, h0, w0, dilation, rows, pitch):
-        """Copy every dilation-th pixel of some rows, channels last, zeros where there is nothing."""
-        for i in range(rows):
-            h = h0 + i * dilation[1]
-            inside = 0 <= d < extent[0] and 0 <= h < extent[1]
-            for j in range(pitch):
-                w = w0 + j * dilation[2]
-                if inside and 0 <= w < extent[2]:
-                    at = source + d * layout[3] + h * layout[4] + w * layout[5]
-                    if layout[2] == SIZE:
-                        copy_bytes(strip, at, C * SIZE)
-                    else:
-                        for c in range(C):
-                            store(SIZE, strip + c * SIZE, load(SIZE, at + c * layout[2]))
-                else:
-                    zero_bytes(strip, C * SIZE)
-                strip += C * SIZE
-
-    @device
-    def _multiply(V, V_pitch, rows, used, U, all_panels, panel, some, depth, m_, M_pitch, zero):
-        """M = V @ U for each position of the tiles."""
+        """Some panels of a block of tiles: M = V @ U for each position, then M -> output."""
+        target, size = integers(arguments, 7, 6), integers(arguments, 16, 3)
+        (C, K), blocks = integers(arguments, 21, 2), integers(arguments, 26, 3)
+        dilation, across = integers(arguments, 29, 3), integers(arguments, 32, 2)
+        (TB, run, KP), (M_, M_bytes) = integers(arguments, 35, 3), integers(arguments, 43, 2)
+        bias, (block, block_bytes) = integer(arguments, 47), integers(arguments, 51, 2)
+        depth, panels = blocks[0] * blocks[1] * blocks[2] * C, (K + WIDTH - 1) // WIDTH
+        M_, rows, M_pitch = M_ + chunk * M_bytes, (TB + ROWS - 1) // ROWS * ROWS, KP * PIXEL + PAD_BYTES
         for position in range(T * T):
             for k in range(some):
-                weights = U + ((position * all_panels) + panel + k) * depth * PIXEL
-                for start in range(0, used, ROWS):
-                    at = V + (position * rows + start) * V_pitch
-                    to = m_ + (position * rows + start) * M_pitch + k * PIXEL
+                weights = U + position * U_position + k * depth * PIXEL
+                for start in range(0, last - first, ROWS):
                     for c in range(0, depth, CHAIN):
                         multiply_tile(
-                            ROWS, COLUMNS, LANES, SIZE, at + c * SIZE, V_pitch, SIZE, zero, 1,
-                            min(CHAIN, depth - c), weights + c * PIXEL, PIXEL, to, M_pitch, c,
+                            ROWS, COLUMNS, LANES, SIZE, V + position * V_position + start * V_pitch + c * SIZE, V_pitch,
+                            SIZE, arguments + ZERO * 8, 1, min(CHAIN, depth - c), weights + c * PIXEL, PIXEL,
+                            M_ + (position * rows + start) * M_pitch + k * PIXEL, M_pitch, c,
                         )  # fmt: skip
+        k = panel * WIDTH
+        _transform_output(
+            target, target[0] + (g * K + k) * target[2], size, min(some * WIDTH, K - k), dilation, across, first, last,
+            run, block + chunk * block_bytes, M_, M_pitch, rows * M_pitch, bias + (g * panels + panel) * PIXEL,
+            bias + integer(arguments, 20) * panels * PIXEL, integer(arguments, 38),
+        )  # fmt: skip
 
     @device
     def _transform_output(
-        target, base, size, K, dilation, across, first, last, run, block, m_, M_pitch, M_position, bias, floor, code
+        target, base, size, K, dilation, across, first, last, run, block, M_, M_pitch, M_position, bias, floor, code
     ):  # fmt: skip
         """M (t*t, tiles, filters) -> output, a run of neighbouring tiles at a time."""
         least = load(SIZE, floor)
         i = first
         while i < last:
             n, d, h0, w0, th, tw = _place(i, across, dilation, size[0])
-            count = min(across[1] - tw, last - i)
             h, w = h0 + dilation[1] * th * M, w0 + dilation[2] * tw * M
+            count = min(across[1] - tw, last - i)
             tall = min((size[1] - 1 - h) // dilation[1] + 1, M) if h < size[1] else 0
             wide = min((size[2] - 1 - w) // dilation[2] + 1, count * M) if w < size[2] else 0
             at = base + n * target[1] + d * target[3] + h * target[4] + w * target[5]
-            row, pixel = dilation[1] * target[4], dilation[2] * target[5]
+            row, pixel, source = dilation[1] * target[4], dilation[2] * target[5], M_ + (i - first) * M_pitch
             whole = wide // M if target[2] == SIZE and K >= LANES and tall == M and code <= 1 else 0
-            if whole:
+            if whole > 0:
                 count = whole
-                _finish_tiles(m_ + (i - first) * M_pitch, M_pitch, M_position, count, K, at, row, pixel, bias, least)
+                _finish_tiles(source, M_pitch, M_position, count, K, at, row, pixel, bias, least)
             elif tall > 0 and wide > 0:
                 count = min(count, run)
-                wide = min(wide, count * M)
-                width = (K + LANES - 1) // LANES * VECTOR
-                pitch = count * M * width
-                for tile in range(count):
+                wide, pitch = min(wide, count * M), count * M * PIXEL
+                for k in range(0, K, WIDTH):
                     _finish_tiles(
-                        m_ + (i - first + tile) * M_pitch, M_pitch, M_position, 1, width // SIZE,
-                        block + tile * M * width, pitch, width, bias, least,
-                    )  # fmt: skip
-                for p in range(tall):
-                    _emit(block + p * pitch, width, at + p * row, target[2], pixel, K, wide, code)
+                        source + k * SIZE,
+                        M_pitch,
+                        M_position,
+                        count,
+                        WIDTH,
+                        block,
+                        pitch,
+                        PIXEL,
+                        bias + k * SIZE,
+                        least,
+                    )
+                    for p in range(tall):
+                        if code > 1:
+                            activate_block(block + p * pitch, 0, WIDTH, wide, code)
+                        emit(block + p * pitch, at + k * target[2] + p * row, target[2], pixel, min(WIDTH, K - k), wide)
             i += count
 
     @device
     def _finish_tiles(source, M_pitch, M_position, count, K, target, row, pixel, bias, least):
         for tile in range(count):
             for start in range(0, K, LANES):
+                # The last vector overlaps the one before it.
                 k = min(start, K - LANES) * SIZE
                 finish_tile(
                     M, LANES, SIZE, source + tile * M_pitch + k, T * M_position, M_position,
                     target + tile * M * pixel + k, row, pixel, bias + k, least,
                 )  # fmt: skip
 
+    @task
+    def reduce(arguments, chunk):
+        """Add V^T @ Y to sums (t*t, G, panels, depth, WIDTH)."""
+        chunks, (G, C, K), blocks = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
+        sums, V, Y = integer(arguments, 39), integer(arguments, 41), integer(arguments, 43)
+        (first, last, tiles), depth = integers(arguments, 59, 3), blocks[0] * blocks[1] * blocks[2] * C
+        V_pitch, Y_pitch = G * depth * SIZE + PAD_BYTES, G * K * SIZE + PAD_BYTES
+        panels, rows = (K + WIDTH - 1) // WIDTH, (depth + ROWS - 1) // ROWS * ROWS
+        begin, end = share(T * T * G * panels, chunk, chunks)
+        for job in range(begin, end):
+            position, g, k = job // (G * panels), job // panels % G, job % panels * PIXEL
+            for start in range(0, last - first, CHAIN):
+                tile = position * tiles + start
+                for c in range(0, depth, ROWS):
+                    multiply_tile(
+                        ROWS, COLUMNS, LANES, SIZE, V + tile * V_pitch + (g * depth + c) * SIZE, SIZE, V_pitch,
+                        arguments + ZERO * 8, 1, min(CHAIN, last - first - start),
+                        Y + tile * Y_pitch + g * K * SIZE + k, Y_pitch, sums + (job * rows + c) * PIXEL, PIXEL,
+                        first + start,
+                    )  # fmt: skip
+
+    @task
+    def finish(arguments, chunk):
+        """Sums -> weight gradient (G*K, C, taps)."""
+        chunks, (G, C, K), (D, A, B) = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
+        sums, (taps, taps_bytes), (out, count, table) = (
+            integer(arguments, 39),
+            integers(arguments, 45, 2),
+            integers(arguments, 53, 3),
+        )
+        taps += chunk * taps_bytes
+        panels, rows = (K + WIDTH - 1) // WIDTH, (D * A * B * C + ROWS - 1) // ROWS * ROWS
+        position = G * panels * rows * PIXEL
+        begin, end = share(G * panels * C, chunk, chunks)
+        for job in range(begin, end):
+            panel, c = job // C, job % C
+            for block in range(D * A * B):
+                corner = (block // B * 3) * (3 * B) + block % B * 3
+                for k in range(0, PIXEL, VECTOR):
+                    transform_tile(
+                        M, TAPS_GRAD, LANES, SIZE, sums + (panel * rows + block * C + c) * PIXEL + k, T * position,
+                        position, taps + corner * PIXEL + k, 3 * B * PIXEL, PIXEL,
+                    )  # fmt: skip
+            g, k = panel // panels, panel % panels * WIDTH
+            to = out + ((g * K + k) * C + c) * count * SIZE
+            for tap in range(count):
+                # The table has each tap's place for STAGE channels.
+                at = taps + integer(table, tap) // STAGE
+                for i in range(min(WIDTH, K - k)):
+                    store(SIZE, to + (i * C * count + tap) * SIZE, load(SIZE, at + i * SIZE))
+
+    return Tasks(transform_weight, transform_source, transform_grads, convolve, reduce, finish)
+
+
+def _image_transform(m, tile, itemsize, kind, window):
+    """Return the device function that transforms tiles of `window` x `window` pixels, `m` apart."""
+    LANES, SIZE = tile.lanes, itemsize
+    M, T, KIND, WINDOW = m, m + 2, kind, window
+    fill = strips(tile, itemsize).fill
+
     @device
-    def _emit(block, width, target, channel, pixel, K, count, code):
-        """Write a row of pixels to the output, in any layout."""
-        for k in range(K):
-            for q in range(count):
-                value = load(SIZE, block + q * width + k * SIZE)
-                store(SIZE, target + k * channel + q * pixel, activate(value, code))
+    def transform_image(
+        source, base, extent, C, low, blocks, dilation, across, depths, first, last, run, strip, V, V_pitch, V_position,
+        zero,
+    ):  # fmt: skip
+        """Image -> V (t*t, tiles, blocks of taps, channels), a run of neighbouring tiles at a time."""
+        D, A, B = blocks
+        tall, wide = WINDOW + 3 * (A - 1), WINDOW + 3 * (B - 1)
+        row, pixel = dilation[1] * source[4], dilation[2] * source[5]
+        i = first
+        while i < last:
+            n, d0, h0, w0, th, tw = _place(i, across, dilation, depths)
+            h, w = h0 + dilation[1] * th * M + low[1], w0 + dilation[2] * tw * M + low[2]
+            count = min(across[1] - tw, last - i)
+            # Tiles wholly inside are read in place; those at a border come from a strip.
+            fits = source[2] == SIZE and C >= LANES and h >= 0 and h + (tall - 1) * dilation[1] < extent[1]
+            spare = (extent[2] - 1 - w) // dilation[2] + 1 - wide
+            in_place = fits and w >= 0 and spare >= 0
+            if in_place:
+                count = min(count, spare // M + 1)
+            else:
+                count = min(count, 1 if fits and tw == 0 else run)
+            for d in range(D):
+                depth, to = d0 + d * dilation[0] + low[0], V + (i - first) * V_pitch + d * A * B * C * SIZE
+                if in_place and 0 <= depth < extent[0]:
+                    at = base + n * source[1] + depth * source[3] + h * source[4] + w * source[5]
+                    _transform_tiles(at, row, pixel, count, C, A, B, to, V_pitch, V_position)
+                else:
+                    for start in range(0, count, run):
+                        some = min(run, count - start)
+                        pitch = (some - 1) * M + wide
+                        _fill(
+                            strip, base + n * source[1], source, extent, C, (depth, h, w + start * M * dilation[2]),
+                            dilation, tall, pitch, zero,
+                        )  # fmt: skip
+                        _transform_tiles(
+                            strip, pitch * C * SIZE, C * SIZE, some, C, A, B, to + start * V_pitch, V_pitch, V_position
+                        )
+            i += count
 
-    return Tasks(transform_weight, convolve)
+    @device
+    def _transform_tiles(source, row, pixel, count, C, A, B, V, V_pitch, V_position):
+        for tile in range(count):
+            for block in range(A * B):
+                at = source + 3 * (block // B) * row + (tile * M + 3 * (block % B)) * pixel
+                to = V + tile * V_pitch + block * C * SIZE
+                for start in range(0, C, LANES):
+                    # The last vector overlaps the one before it.
+                    c = max(min(start, C - LANES), 0) * SIZE
+                    transform_tile(M, KIND, LANES, SIZE, at + c, row, pixel, to + c, T * V_position, V_position)
+
+    @device
+    def _fill(strip, source, layout, extent, C, corner, dilation, rows, pitch, zero):
+        """Fill a strip with every dilation-th pixel: those are an image of their own."""
+        (d, h, w), (_, dh, dw) = corner, dilation
+        h0, w0 = h % dh, w % dw
+        fill(
+            strip, source + h0 * layout[4] + w0 * layout[5],
+            (layout[0], layout[1], layout[2], layout[3], dh * layout[4], dw * layout[5]),
+            (extent[0], (extent[1] - h0 + dh - 1) // dh, (extent[2] - w0 + dw - 1) // dw), C, (zero, 1),
+            (d, (h - h0) // dh, (w - w0) // dw), rows, pitch,
+        )  # fmt: skip
+
+    return transform_image
 
 
-F2 = winograd(2)
-F4 = winograd(4)
+@device
+def _place(tile, across, dilation, depths):
+    """(n, d, phase along H, along W, tile along H, along W) of a tile."""
+    row, tw = tile // across[1], tile % across[1]
+    image, th = row // across[0], row % across[0]
+    image, w = image // dilation[2], image % dilation[2]
+    image, h = image // dilation[1], image % dilation[1]
+    return image // depths, image % depths, h, w, th, tw
+
+
+F2 = Winograd(2)
+F4 = Winograd(4)
+F6 = Winograd(6)
