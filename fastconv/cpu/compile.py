@@ -82,6 +82,7 @@ class Task:
         """The machine code."""
         code = CFunc(self.function, ((int64, int64), void), {}, {"fastmath": FASTMATH, "error_model": "numpy"})
         _use_disk_cache(code, self.function)
+        _distinguish(self.function)
         code.compile()
         return code
 
@@ -116,6 +117,7 @@ def share(work: int, chunk: int, chunks: int) -> tuple[int, int]:
 def _compiled(function: Callable[..., Any], parallel: bool) -> Any:
     dispatcher: Any = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy", parallel=parallel)(function)
     _use_disk_cache(dispatcher, function)
+    _distinguish(function)
     return dispatcher
 
 
@@ -138,6 +140,21 @@ def _renamed(function: Any, prefix: str) -> Any:
     copy.__qualname__ = prefix + function.__qualname__
     copy.__module__ = function.__module__
     return copy
+
+
+def _distinguish(function: Any) -> None:
+    """Name a function, and those it has closed over, after the constants in them.
+
+    Machine code is linked by name, and Numba's names tell functions apart by a number that begins anew in every
+    process: variants compiled by different processes would take each other's place in a third.
+    """
+    if function.__closure__ and "__constants__" not in function.__dict__:
+        function.__constants__ = hashlib.sha256(repr(_constants(function)).encode()).hexdigest()[:16]
+        function.__qualname__ = f"{function.__qualname__}_{function.__constants__}"
+        for cell in function.__closure__:
+            called = getattr(cell.cell_contents, "py_func", cell.cell_contents)
+            if isinstance(called, types.FunctionType):
+                _distinguish(called)
 
 
 def _constants(function: Any) -> tuple[Any, ...]:
