@@ -14,6 +14,7 @@ from .. import arrays
 from ..arrays import compute_dtype, empty, in_format, lift, memory_format, out_format
 from . import epilogue, padding, pool
 from .compile import kernel
+from .workspace import workspace
 
 
 def stored_format(array, data_format):
@@ -35,9 +36,10 @@ def conv_forward(choice, geometry, stored, x, weight, bias, activation, out):
     if bias is not None:
         bias = np.ascontiguousarray(bias, dtype)
     result, direct = _destination(g, stored, g.out_channels, g.output_size, dtype, out, (x, weight, bias))
-    choice.algorithm.implementation.forward(
-        inner, lift(x, stored), weight, bias, activation, lift(result, stored), _allocate(choice)
-    )
+    with workspace(choice.buffers) as lent:
+        choice.algorithm.implementation.forward(
+            inner, lift(x, stored), weight, bias, activation, lift(result, stored), lent
+        )
     return _finish(g, stored, result, direct, out)
 
 
@@ -52,7 +54,8 @@ def conv_input_grad(choice, geometry, stored, grad_output, weight, out=None, bia
     padded = g.padding_mode != "zeros"
     result, direct = _destination(g, stored, g.in_channels, g.input_size, dtype, out, (grad_output, weight, bias))
     target = empty(_shape(stored, g.batch, g.in_channels, g.padded_size), dtype) if padded else result
-    choice.algorithm.implementation.input_grad(inner, grad_output, weight, lift(target, stored), _allocate(choice))
+    with workspace(choice.buffers) as lent:
+        choice.algorithm.implementation.input_grad(inner, grad_output, weight, lift(target, stored), lent)
     if padded:
         padding.fold_back(target, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1, result)
     epilogue.apply(lift(result, stored), stored, bias, activation)
@@ -68,9 +71,10 @@ def conv_weight_grad(choice, geometry, stored, grad_output, x):
         x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
     grad_output = lift(_operand(g, stored, grad_output, dtype), stored)
     result = empty(g.weight_shape, dtype)
-    choice.algorithm.implementation.weight_grad(
-        inner, grad_output, lift(x, stored), lift(result, "channels_first"), _allocate(choice)
-    )
+    with workspace(choice.buffers) as lent:
+        choice.algorithm.implementation.weight_grad(
+            inner, grad_output, lift(x, stored), lift(result, "channels_first"), lent
+        )
     return result if dtype == g.dtype else result.astype(g.dtype)
 
 
@@ -103,10 +107,6 @@ def _sum_pixels(grad, result):
 
 def _operand(geometry, stored, array, dtype):
     return in_format(array, geometry.data_format, stored, dtype)
-
-
-def _allocate(choice):
-    return {name: empty(b.shape, b.dtype) for name, b in choice.buffers.items() if b.owned}
 
 
 def _shape(stored, batch, channels, spatial):

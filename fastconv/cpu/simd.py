@@ -407,7 +407,17 @@ def transform_tile(
 
 @intrinsic(prefer_literal=True)
 def finish_tile(
-    typing_context, m, lanes, itemsize, source, source_row, source_column, target, target_row, target_column, bias,
+    typing_context,
+    m,
+    lanes,
+    itemsize,
+    source,
+    source_row,
+    source_column,
+    target,
+    target_row,
+    target_column,
+    bias,
     floor,
 ):
     """Write the outputs of a tile, plus a vector of bias at an address, none less than `floor`; NaN passes."""

@@ -38,6 +38,7 @@ from .simd import (
     TAPS,
     TAPS_GRAD,
     Tile,
+    copy_bytes,
     finish_tile,
     integer,
     integers,
@@ -53,19 +54,28 @@ from .strips import pack_table, strips
 # Products per running sum, over channels or tiles: the transforms amplify its rounding error. Measured, F(4x4) stays
 # below 1e-6 with 64.
 CHAINS = {2: 256, 4: 64, 6: 256}
-# Channels times blocks of taps up to which F(4x4) was measured to keep 1e-6.
-MOST_DEPTH = 4096
+# Chains of tiles that are added up before their sum is added to the weight gradient's.
+LINKS = 16
+# Channels times blocks of taps up to which their sum was measured to keep its promise.
+MOST_DEPTH = {2: 4096, 4: 1152, 6: 4096}
 # Bytes of V and M that a thread works on: the second-level cache.
 BLOCK_BYTES = 768 * 1024
+# Bytes of U that a thread makes at a time, where it is made by panels.
+PART_BYTES = 512 * 1024
+# Bytes of a strip.
 STRIP_BYTES = 128 * 1024
 # Bytes of V, and of V and Y of the tiles that a weight gradient sums at once, that all threads share.
 SHARED_BYTES = 24 << 20
+# Bytes of V and Y up to which they are read again for every panel, rather than their sums written and read.
+ONCE_BYTES = 10 << 20
 # Bytes of workspace in all.
 MOST_BYTES = 64 << 20
 # Bytes between two tiles beyond their channels: room for a whole panel, and rows off a power of two.
 PAD_BYTES = 128
 # Channels whose taps are put in order at a time.
 STAGE = 16
+# Register tiles of channels whose weight gradient is summed at once: they share what is read of Y.
+SOME_TILES = 4
 
 
 class Problem(NamedTuple):
@@ -109,7 +119,8 @@ class Blocking(NamedTuple):
     tiles: int
     run: int
     panels: int
-    by_filters: bool = False
+    # Channels of U at a time if it is made by panels of filters; 0 if it is made once.
+    part: int = 0
 
     def filled(self, tiles: int) -> int:
         """Return how many tiles fill up register tiles."""
@@ -131,9 +142,9 @@ class Winograd:
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
         p = _problem(g, direction, self.m)
-        if p.depth > MOST_DEPTH and direction != "weight_grad":
+        if p.depth > MOST_DEPTH[self.m] and direction != "weight_grad":
             return False, f"a sum over {p.depth} channels and blocks of taps is too long for its precision"
-        if direction == "weight_grad" and _sums_bytes(p, self.m, g) > MOST_BYTES - SHARED_BYTES:
+        if direction == "weight_grad" and _sums(p, self.m, g).nbytes > MOST_BYTES - SHARED_BYTES:
             return False, "the transformed weight gradient is larger than its workspace may be"
         return True, ""
 
@@ -164,8 +175,10 @@ class Winograd:
         pad = PAD_BYTES // size
         V = t2 * (p.groups * p.depth + pad)
         shapes = {
-            "U": (count, U) if b.by_filters else (1, U * p.groups * _panels(p, b.tile)),
-            "V": (1, V * b.filled(p.tile_count)) if b.by_filters else (count, t2 * b.filled(b.tiles) * (p.depth + pad)),
+            "U": (count, t2 * math.prod(p.blocks) * b.part * b.tile.width)
+            if b.part
+            else (1, U * p.groups * _panels(p, b.tile)),
+            "V": (1, V * b.filled(p.tile_count)) if b.part else (count, t2 * b.filled(b.tiles) * (p.depth + pad)),
             "M": (count, t2 * b.filled(b.tiles) * (b.panels * b.tile.width + pad)),
             "taps": (count, _tap_count(p) * STAGE * b.tile.width),
             "bias": (1, p.groups * _panels(p, b.tile) * b.tile.width + 1),
@@ -192,11 +205,11 @@ class Winograd:
             *extent_of(source, g.data_format), *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
             *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels, CODES[activation],
             *_places(workspace, "U", "V", "M", "taps", "bias", "strip", "block"),
-            address(weight), math.prod(p.kernel), address(table), p.reversed, b.by_filters,
+            address(weight), math.prod(p.kernel), address(table), p.reversed, b.part,
             0, 0, p.tile_count, b.filled(p.tile_count),
         )  # fmt: skip
         _pad_bias(bias, workspace["bias"][0], p, activation == "relu")
-        if b.by_filters:
+        if b.part:
             run.transform_source(count, *arguments)
         else:
             run.transform_weight(count, *arguments)
@@ -216,12 +229,17 @@ class Winograd:
                 *extent_of(x, g.data_format), *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
                 *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels, 0,
                 *_places(workspace, "sums", "V", "Y", "taps", "strip", "strip", "taps"),
-                address(out), math.prod(p.kernel), address(table), False, True, 0, first, last, b.tiles,
+                address(out), math.prod(p.kernel), address(table), False, workspace["sums"].itemsize, 0, first, last,
+                b.tiles,
             )  # fmt: skip
             run.transform_source(count, *arguments)
             run.transform_grads(count, *arguments)
-            run.reduce(count, *arguments)
-        run.finish(count, *arguments)
+            if workspace["sums"].size:
+                run.reduce(count, *arguments)
+        if workspace["sums"].size:
+            run.finish(count, *arguments)
+        else:
+            run.reduce_once(count, *arguments)
 
 
 def _pad_bias(bias, padded, p, relu):
@@ -284,19 +302,28 @@ def _strip_elements(p, m, run):
 @lru_cache(maxsize=1024)
 def _blocking(p, m, itemsize, count):
     """Choose as many tiles as the cache holds with their channels and filters, an equal number of blocks per thread."""
-    tile, t2 = tile_for(itemsize), (m + 2) ** 2
+    t2, blocks = (m + 2) ** 2, math.prod(p.blocks)
     shared = t2 * p.groups * p.depth * p.tile_count * itemsize
-    by_filters = p.targets > p.tile_count and shared <= SHARED_BYTES
-    panels = (
-        1 if by_filters else min(_panels(p, tile), max(4, BLOCK_BYTES // (4 * t2 * tile.rows * tile.width * itemsize)))
-    )
-    bytes_per_tile = t2 * ((0 if by_filters else p.depth) + panels * tile.width) * itemsize
+    if p.targets > p.tile_count and shared <= SHARED_BYTES:
+        tile = _least_waste(p.tile_count, itemsize)
+        channels = PART_BYTES // (t2 * blocks * tile.width * itemsize) // 64 * 64
+        part = min(max(channels, 64), -(-p.inner // 64) * 64)
+        return Blocking(tile, p.tile_count, _run(p, m, itemsize, p.tile_count), 1, part)
+    tile = tile_for(itemsize)
+    panels = min(_panels(p, tile), max(4, BLOCK_BYTES // (4 * t2 * tile.rows * tile.width * itemsize)))
+    bytes_per_tile = t2 * (p.depth + panels * tile.width) * itemsize
     most = max(BLOCK_BYTES // bytes_per_tile // tile.rows, 2) * tile.rows
-    blocks = max(-(-p.tile_count // most), 1)
-    if not by_filters and blocks * p.groups % count:
-        blocks += count - blocks % count
-    tiles = max(-(-p.tile_count // blocks), 1)
-    return Blocking(tile, tiles, _run(p, m, itemsize, tiles), panels, by_filters)
+    parts = max(-(-p.tile_count // most), 1)
+    if parts * p.groups % count:
+        parts += count - parts % count
+    tiles = max(-(-p.tile_count // parts), 1)
+    return Blocking(_least_waste(tiles, itemsize), tiles, _run(p, m, itemsize, tiles), panels)
+
+
+def _least_waste(tiles, itemsize):
+    """Return the register tile that `tiles` fill best; a step costs its products and about two more."""
+    both = tile_for(itemsize), tile_for(itemsize, small=True)
+    return min(both, key=lambda t: -(-tiles // t.rows) * (t.rows * t.columns + 2))
 
 
 def _run(p, m, itemsize, tiles):
@@ -304,9 +331,12 @@ def _run(p, m, itemsize, tiles):
     return min(max(STRIP_BYTES // (_strip_elements(p, m, 1) * itemsize), 1), p.tiles[1], tiles)
 
 
-def _sums_bytes(p, m, g):
+def _sums(p, m, g):
+    """The weight gradient's sums over tiles: in float64 where many float32 sums are added up."""
     tile = tile_for(g.dtype.itemsize)
-    return (m + 2) ** 2 * p.groups * _panels(p, tile) * _rows(p, tile) * tile.width * g.dtype.itemsize
+    rounds = p.tile_count * _tile_bytes(p, m, g) // SHARED_BYTES
+    dtype = np.dtype(np.float64) if rounds > LINKS else g.dtype
+    return Buffer((1, (m + 2) ** 2 * p.groups * _panels(p, tile) * _rows(p, tile) * tile.width), dtype)
 
 
 def _rows(p, tile):
@@ -319,20 +349,29 @@ def _tile_elements(p, channels, m, g):
     return (m + 2) ** 2 * (p.groups * channels + PAD_BYTES // g.dtype.itemsize)
 
 
+def _tile_bytes(p, m, g):
+    """Bytes of one tile of V and Y."""
+    return (_tile_elements(p, p.depth, m, g) + _tile_elements(p, p.targets, m, g)) * g.dtype.itemsize
+
+
 def _gradient_workspace(g, p, m, count, limit):
     """As many tiles of V and Y as the shared memory holds."""
-    tile, size, sums = tile_for(g.dtype.itemsize), g.dtype.itemsize, _sums_bytes(p, m, g)
-    V, Y = _tile_elements(p, p.depth, m, g), _tile_elements(p, p.targets, m, g)
-    most = max(min(SHARED_BYTES, limit - sums) // ((V + Y) * size), 16)
+    tile, sums = tile_for(g.dtype.itemsize), _sums(p, m, g)
+    most = max(min(SHARED_BYTES, limit - sums.nbytes) // _tile_bytes(p, m, g), 16)
     tiles = -(-p.tile_count // -(-p.tile_count // most))
-    shapes = {
-        "sums": (1, sums // size),
-        "V": (1, tiles * V),
-        "Y": (1, tiles * Y),
-        "taps": (count, _tap_count(p) * tile.width),
-        "strip": (count, _strip_elements(p, m, _run(p, m, size, tiles)) + tile.lanes),
+    # For some channels the taps there are; before them one channel's grid of taps, and sums to transform.
+    t2 = (m + 2) ** 2
+    rows = STAGE * math.prod(p.kernel) + _tap_count(p) + t2
+    if math.prod(p.blocks) == 1 and tiles == p.tile_count and tiles * _tile_bytes(p, m, g) <= ONCE_BYTES:
+        some = SOME_TILES * tile.rows
+        sums, rows = sums._replace(shape=(1, 0)), some * (math.prod(p.kernel) + t2) + _tap_count(p)
+    return {
+        "sums": sums,
+        "V": Buffer((1, tiles * _tile_elements(p, p.depth, m, g)), g.dtype),
+        "Y": Buffer((1, tiles * _tile_elements(p, p.targets, m, g)), g.dtype),
+        "taps": Buffer((count, rows * tile.width), g.dtype),
+        "strip": Buffer((count, _strip_elements(p, m, _run(p, m, g.dtype.itemsize, tiles)) + tile.lanes), g.dtype),
     }
-    return {name: Buffer(shape, g.dtype) for name, shape in shapes.items()}
 
 
 class Tasks(NamedTuple):
@@ -344,6 +383,7 @@ class Tasks(NamedTuple):
     convolve: Task
     reduce: Task
     finish: Task
+    reduce_once: Task
 
 
 @lru_cache(maxsize=16)
@@ -355,10 +395,11 @@ def tasks(m, tile, itemsize):
         0 chunks          1 source layout    7 target layout   13 source extent   16 target size    19 N, G, C, K
        23 low            26 blocks          29 dilation        32 tiles           34 tile count     35 tiles at a time
        36 run            37 panels          38 activation      39 U, V, M, taps, bias, strip, block: address, bytes
-       53 weight         54 taps            55 table           56 reversed        57 by filters     58 zero
+       53 weight         54 taps            55 table           56 reversed        57 channels of U  58 zero
        59 first tile     60 last tile       61 tiles of V
     """
     ROWS, COLUMNS, LANES = tile
+    SOME = SOME_TILES * ROWS
     WIDTH, SIZE, VECTOR, PIXEL = tile.width, itemsize, LANES * itemsize, tile.width * itemsize
     M, T, CHAIN = m, m + 2, CHAINS[m]
     # The argument that is 0: the one offset of a reduction without gaps.
@@ -379,8 +420,8 @@ def tasks(m, tile, itemsize):
         for job in range(begin, end):
             panel, c = job // parts, job % parts * STAGE
             _transform_panel(
-                arguments, chunk, panel // panels, panel % panels, c, min(c + STAGE, C),
-                U + panel * depth * PIXEL, G * panels * depth * PIXEL,
+                arguments, chunk, panel // panels, panel % panels, c, min(c + STAGE, C), C,
+                U + (panel * depth + c) * PIXEL, G * panels * depth * PIXEL,
             )  # fmt: skip
 
     @device
@@ -389,8 +430,8 @@ def tasks(m, tile, itemsize):
         zero_bytes(taps + chunk * taps_bytes, 9 * blocks[0] * blocks[1] * blocks[2] * STAGE * PIXEL)
 
     @device
-    def _transform_panel(arguments, chunk, g, panel, c0, c1, U, position):
-        """Some channels of the weight of one panel of filters -> U (t*t, depth, WIDTH)."""
+    def _transform_panel(arguments, chunk, g, panel, c0, c1, channels, U, position):
+        """Channels c0 to c1 of the weight of a panel of filters -> U (t*t, blocks of taps, `channels`, WIDTH)."""
         (C, K), (D, A, B) = integers(arguments, 21, 2), integers(arguments, 26, 3)
         taps, taps_bytes = integers(arguments, 45, 2)
         weight, count, table, is_reversed = integers(arguments, 53, 4)
@@ -408,7 +449,7 @@ def tasks(m, tile, itemsize):
                 for k in range(0, PIXEL, VECTOR):
                     transform_tile(
                         M, TAPS, LANES, SIZE, taps + corner * step + (c - c0) * PIXEL + k, 3 * B * step, step,
-                        U + (block * C + c) * PIXEL + k, T * position, position,
+                        U + (block * channels + c - c0) * PIXEL + k, T * position, position,
                     )  # fmt: skip
 
     @task
@@ -452,14 +493,14 @@ def tasks(m, tile, itemsize):
     @task
     def convolve(arguments, chunk):
         """Multiply blocks of tiles with panels of filters, and transform the products to output."""
-        chunks, by_filters = integer(arguments, 0), integer(arguments, 57)
+        chunks, part = integer(arguments, 0), integer(arguments, 57)
         (G, K), (tile_count, TB) = (integer(arguments, 20), integer(arguments, 22)), integers(arguments, 34, 2)
         panels, count = (K + WIDTH - 1) // WIDTH, (tile_count + TB - 1) // TB
-        begin, end = share(G * (panels if by_filters else count), chunk, chunks)
-        if by_filters:
+        begin, end = share(G * (panels if part else count), chunk, chunks)
+        if part:
             _clear_taps(arguments, chunk)
         for job in range(begin, end):
-            if by_filters:
+            if part:
                 _convolve_panel(arguments, chunk, job // panels, job % panels)
             else:
                 _convolve_block(arguments, chunk, job // count, job % count * TB)
@@ -484,53 +525,65 @@ def tasks(m, tile, itemsize):
             first, last, run, strip + chunk * strip_bytes, V, pitch, rows * pitch, arguments + ZERO * 8,
         )  # fmt: skip
         for panel in range(0, panels, KP):
-            _multiply_and_finish(
-                arguments, chunk, g, panel, min(KP, panels - panel), first, last, V, pitch, rows * pitch,
-                U + (g * panels + panel) * depth * PIXEL, G * panels * depth * PIXEL,
+            some = min(KP, panels - panel)
+            _multiply(
+                arguments, chunk, last - first, some, V, pitch, rows * pitch, U + (g * panels + panel) * depth * PIXEL,
+                G * panels * depth * PIXEL, depth * PIXEL, depth, 0,
             )  # fmt: skip
+            _finish(arguments, chunk, g, panel, some, first, last)
 
     @device
     def _convolve_panel(arguments, chunk, g, panel):
-        """One panel of filters for all tiles; V is shared, U this thread's."""
+        """One panel of filters for all tiles; V is shared, U is this thread's, of a few channels at a time."""
         (G, C), blocks = integers(arguments, 20, 2), integers(arguments, 26, 3)
-        (tile_count, TB), (U, U_bytes, V) = integers(arguments, 34, 2), integers(arguments, 39, 3)
-        depth, tiles = blocks[0] * blocks[1] * blocks[2] * C, integer(arguments, 61)
-        U, pitch = U + chunk * U_bytes, G * depth * SIZE + PAD_BYTES
-        for c in range(0, C, STAGE):
-            _transform_panel(arguments, chunk, g, panel, c, min(c + STAGE, C), U, depth * PIXEL)
-        for first in range(0, tile_count, TB):
-            _multiply_and_finish(
-                arguments, chunk, g, panel, 1, first, min(first + TB, tile_count),
-                V + first * pitch + g * depth * SIZE, pitch, tiles * pitch, U, depth * PIXEL,
-            )  # fmt: skip
+        tile_count, (U, U_bytes, V) = integer(arguments, 34), integers(arguments, 39, 3)
+        part, tiles = integer(arguments, 57), integer(arguments, 61)
+        count = blocks[0] * blocks[1] * blocks[2]
+        U, pitch = U + chunk * U_bytes, G * count * C * SIZE + PAD_BYTES
+        for c0 in range(0, C, part):
+            c1 = min(c0 + part, C)
+            for c in range(c0, c1, STAGE):
+                _transform_panel(
+                    arguments, chunk, g, panel, c, min(c + STAGE, c1), part, U + (c - c0) * PIXEL, count * part * PIXEL
+                )
+            for block in range(count):
+                _multiply(
+                    arguments, chunk, tile_count, 1, V + ((g * count + block) * C + c0) * SIZE, pitch, tiles * pitch,
+                    U + block * part * PIXEL, count * part * PIXEL, 0, c1 - c0, c0 + block,
+                )  # fmt: skip
+        _finish(arguments, chunk, g, panel, 1, 0, tile_count)
 
     @device
-    def _multiply_and_finish(
-        arguments, chunk, g, panel, some, first, last, V, V_pitch, V_position, U, U_position
+    def _multiply(
+        arguments, chunk, count, some, V, V_pitch, V_position, U, U_position, U_panel, depth, add
     ):  # fmt: skip
-        """Some panels of a block of tiles: M = V @ U for each position, then M -> output."""
-        target, size = integers(arguments, 7, 6), integers(arguments, 16, 3)
-        (C, K), blocks = integers(arguments, 21, 2), integers(arguments, 26, 3)
-        dilation, across = integers(arguments, 29, 3), integers(arguments, 32, 2)
-        (TB, run, KP), (M_, M_bytes) = integers(arguments, 35, 3), integers(arguments, 43, 2)
-        bias, (block, block_bytes) = integer(arguments, 47), integers(arguments, 51, 2)
-        depth, panels = blocks[0] * blocks[1] * blocks[2] * C, (K + WIDTH - 1) // WIDTH
+        """M = V @ U, or with `add` M += V @ U, for each position of `count` tiles and some panels."""
+        (TB, _, KP), (M_, M_bytes) = integers(arguments, 35, 3), integers(arguments, 43, 2)
         M_, rows, M_pitch = M_ + chunk * M_bytes, (TB + ROWS - 1) // ROWS * ROWS, KP * PIXEL + PAD_BYTES
         for position in range(T * T):
             for k in range(some):
-                weights = U + position * U_position + k * depth * PIXEL
-                for start in range(0, last - first, ROWS):
+                weights = U + position * U_position + k * U_panel
+                for start in range(0, count, ROWS):
                     for c in range(0, depth, CHAIN):
                         multiply_tile(
                             ROWS, COLUMNS, LANES, SIZE, V + position * V_position + start * V_pitch + c * SIZE, V_pitch,
                             SIZE, arguments + ZERO * 8, 1, min(CHAIN, depth - c), weights + c * PIXEL, PIXEL,
-                            M_ + (position * rows + start) * M_pitch + k * PIXEL, M_pitch, c,
+                            M_ + (position * rows + start) * M_pitch + k * PIXEL, M_pitch, add + c,
                         )  # fmt: skip
+
+    @device
+    def _finish(arguments, chunk, g, panel, some, first, last):
+        """M of some panels of a block of tiles -> output."""
+        target, size, K = integers(arguments, 7, 6), integers(arguments, 16, 3), integer(arguments, 22)
+        dilation, across = integers(arguments, 29, 3), integers(arguments, 32, 2)
+        (TB, run, KP, code), (M_, M_bytes) = integers(arguments, 35, 4), integers(arguments, 43, 2)
+        bias, (block, block_bytes) = integer(arguments, 47), integers(arguments, 51, 2)
+        panels, rows, M_pitch = (K + WIDTH - 1) // WIDTH, (TB + ROWS - 1) // ROWS * ROWS, KP * PIXEL + PAD_BYTES
         k = panel * WIDTH
         _transform_output(
             target, target[0] + (g * K + k) * target[2], size, min(some * WIDTH, K - k), dilation, across, first, last,
-            run, block + chunk * block_bytes, M_, M_pitch, rows * M_pitch, bias + (g * panels + panel) * PIXEL,
-            bias + integer(arguments, 20) * panels * PIXEL, integer(arguments, 38),
+            run, block + chunk * block_bytes, M_ + chunk * M_bytes, M_pitch, rows * M_pitch,
+            bias + (g * panels + panel) * PIXEL, bias + integer(arguments, 20) * panels * PIXEL, code,
         )  # fmt: skip
 
     @device
@@ -590,53 +643,124 @@ def tasks(m, tile, itemsize):
         """Add V^T @ Y to sums (t*t, G, panels, depth, WIDTH)."""
         chunks, (G, C, K), blocks = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
         sums, V, Y = integer(arguments, 39), integer(arguments, 41), integer(arguments, 43)
+        scratch, wide = integer(arguments, 45) + chunk * integer(arguments, 46), integer(arguments, 57)
         (first, last, tiles), depth = integers(arguments, 59, 3), blocks[0] * blocks[1] * blocks[2] * C
         V_pitch, Y_pitch = G * depth * SIZE + PAD_BYTES, G * K * SIZE + PAD_BYTES
         panels, rows = (K + WIDTH - 1) // WIDTH, (depth + ROWS - 1) // ROWS * ROWS
         begin, end = share(T * T * G * panels, chunk, chunks)
         for job in range(begin, end):
             position, g, k = job // (G * panels), job // panels % G, job % panels * PIXEL
-            for start in range(0, last - first, CHAIN):
-                tile = position * tiles + start
+            for start in range(0, last - first, CHAIN * LINKS):
                 for c in range(0, depth, ROWS):
-                    multiply_tile(
-                        ROWS, COLUMNS, LANES, SIZE, V + tile * V_pitch + (g * depth + c) * SIZE, SIZE, V_pitch,
-                        arguments + ZERO * 8, 1, min(CHAIN, last - first - start),
-                        Y + tile * Y_pitch + g * K * SIZE + k, Y_pitch, sums + (job * rows + c) * PIXEL, PIXEL,
-                        first + start,
+                    to, is_first = sums + (job * rows + c) * WIDTH * wide, first + start == 0
+                    tile, count = position * tiles + start, min(CHAIN * LINKS, last - first - start)
+                    _sum_tiles(
+                        arguments, V + tile * V_pitch + (g * depth + c) * SIZE, V_pitch,
+                        Y + tile * Y_pitch + g * K * SIZE + k, Y_pitch, count,
+                        to if is_first and wide == SIZE else scratch,
                     )  # fmt: skip
+                    if wide != SIZE:
+                        for i in range(ROWS * WIDTH):
+                            before = 0.0 if is_first else load(8, to + i * 8)
+                            store(8, to + i * 8, before + load(SIZE, scratch + i * SIZE))
+                    elif not is_first:
+                        for i in range(0, ROWS * PIXEL, SIZE):
+                            store(SIZE, to + i, load(SIZE, to + i) + load(SIZE, scratch + i))
+
+    @device
+    def _sum_tiles(arguments, V, V_pitch, Y, Y_pitch, count, target):
+        """Write the sum over tiles of ROWS channels times one panel of filters, in chains."""
+        for start in range(0, count, CHAIN):
+            multiply_tile(
+                ROWS, COLUMNS, LANES, SIZE, V + start * V_pitch, SIZE, V_pitch, arguments + ZERO * 8, 1,
+                min(CHAIN, count - start), Y + start * Y_pitch, Y_pitch, target, PIXEL, start,
+            )  # fmt: skip
 
     @task
     def finish(arguments, chunk):
         """Sums -> weight gradient (G*K, C, taps)."""
-        chunks, (G, C, K), (D, A, B) = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
-        sums, (taps, taps_bytes), (out, count, table) = (
-            integer(arguments, 39),
-            integers(arguments, 45, 2),
-            integers(arguments, 53, 3),
-        )
-        taps += chunk * taps_bytes
-        panels, rows = (K + WIDTH - 1) // WIDTH, (D * A * B * C + ROWS - 1) // ROWS * ROWS
-        position = G * panels * rows * PIXEL
-        begin, end = share(G * panels * C, chunk, chunks)
+        chunks, (G, C, K), blocks = integer(arguments, 0), integers(arguments, 20, 3), integers(arguments, 26, 3)
+        taps, taps_bytes = integers(arguments, 45, 2)
+        count = integer(arguments, 54)
+        # Of each channel t*t sums and a grid of whole blocks of taps; then the taps there are.
+        tile = taps + chunk * taps_bytes
+        grid = tile + T * T * PIXEL
+        ready = grid + 9 * blocks[0] * blocks[1] * blocks[2] * PIXEL
+        panels, parts = (K + WIDTH - 1) // WIDTH, (C + STAGE - 1) // STAGE
+        begin, end = share(G * panels * parts, chunk, chunks)
         for job in range(begin, end):
-            panel, c = job // C, job % C
-            for block in range(D * A * B):
-                corner = (block // B * 3) * (3 * B) + block % B * 3
-                for k in range(0, PIXEL, VECTOR):
-                    transform_tile(
-                        M, TAPS_GRAD, LANES, SIZE, sums + (panel * rows + block * C + c) * PIXEL + k, T * position,
-                        position, taps + corner * PIXEL + k, 3 * B * PIXEL, PIXEL,
-                    )  # fmt: skip
-            g, k = panel // panels, panel % panels * WIDTH
-            to = out + ((g * K + k) * C + c) * count * SIZE
-            for tap in range(count):
-                # The table has each tap's place for STAGE channels.
-                at = taps + integer(table, tap) // STAGE
-                for i in range(min(WIDTH, K - k)):
-                    store(SIZE, to + (i * C * count + tap) * SIZE, load(SIZE, at + i * SIZE))
+            panel, c0 = job // parts, job % parts * STAGE
+            c1, k = min(c0 + STAGE, C), panel % panels * WIDTH
+            for c in range(c0, c1):
+                for block in range(blocks[0] * blocks[1] * blocks[2]):
+                    _transform_sums(arguments, panel, block, c, tile, grid)
+                _take_taps(arguments, grid, ready + (c - c0) * count * PIXEL)
+            _emit_taps(arguments, ready, panel // panels, k, c0, c1)
 
-    return Tasks(transform_weight, transform_source, transform_grads, convolve, reduce, finish)
+    @device
+    def _transform_sums(arguments, panel, block, c, tile, grid):
+        """Sums (t*t, G, panels, blocks, C, WIDTH) of one channel and block -> 3x3 taps of the grid."""
+        (G, C, K), (D, A, B) = integers(arguments, 20, 3), integers(arguments, 26, 3)
+        sums, wide = integer(arguments, 39), integer(arguments, 57)
+        rows = (D * A * B * C + ROWS - 1) // ROWS * ROWS
+        panels = G * ((K + WIDTH - 1) // WIDTH)
+        source, position = sums + (panel * rows + block * C + c) * WIDTH * wide, panels * rows * WIDTH * wide
+        if wide != SIZE:
+            for i in range(T * T):
+                for k in range(WIDTH):
+                    store(SIZE, tile + i * PIXEL + k * SIZE, load(8, source + i * position + k * 8))
+            source, position = tile, PIXEL
+        _transform_taps(source, position, grid + ((block // B * 3) * (3 * B) + block % B * 3) * PIXEL, 3 * B * PIXEL)
+
+    @device
+    def _transform_taps(source, position, target, row):
+        for k in range(0, PIXEL, VECTOR):
+            transform_tile(M, TAPS_GRAD, LANES, SIZE, source + k, T * position, position, target + k, row, PIXEL)
+
+    @device
+    def _take_taps(arguments, grid, target):
+        """A grid of whole blocks of taps -> the taps there are."""
+        count, table = integers(arguments, 54, 2)
+        for tap in range(count):
+            # The table has each tap's place for STAGE channels.
+            copy_bytes(target + tap * PIXEL, grid + integer(table, tap) // STAGE, PIXEL)
+
+    @device
+    def _emit_taps(arguments, taps, g, k, c0, c1):
+        """Taps (C, taps, WIDTH) -> weight gradient: a filter's lie side by side, like the pixels of a plane."""
+        C, K, (out, count) = integer(arguments, 21), integer(arguments, 22), integers(arguments, 53, 2)
+        to, filter_ = out + ((g * K + k) * C + c0) * count * SIZE, C * count * SIZE
+        emit(taps, to, filter_, SIZE, min(WIDTH, K - k), (c1 - c0) * count)
+
+    @task
+    def reduce_once(arguments, chunk):
+        """Weight gradient of one block of taps where V and Y hold all tiles: its sums live as long as they grow."""
+        chunks, (G, C, K) = integer(arguments, 0), integers(arguments, 20, 3)
+        V, Y, (taps, taps_bytes) = integer(arguments, 41), integer(arguments, 43), integers(arguments, 45, 2)
+        (last, tiles), count = integers(arguments, 60, 2), integer(arguments, 54)
+        V_pitch, Y_pitch = G * C * SIZE + PAD_BYTES, G * K * SIZE + PAD_BYTES
+        panels, parts = (K + WIDTH - 1) // WIDTH, (C + SOME - 1) // SOME
+        sums = taps + chunk * taps_bytes
+        grid = sums + T * T * SOME * PIXEL
+        ready = grid + 9 * PIXEL
+        begin, end = share(G * panels * parts, chunk, chunks)
+        for job in range(begin, end):
+            panel, c0 = job // parts, job % parts * SOME
+            c1 = min(c0 + SOME, C)
+            g, k = panel // panels, panel % panels * WIDTH
+            for position in range(T * T):
+                for c in range(c0, c1, ROWS):
+                    _sum_tiles(
+                        arguments, V + position * tiles * V_pitch + (g * C + c) * SIZE, V_pitch,
+                        Y + position * tiles * Y_pitch + (g * K + k) * SIZE, Y_pitch, last,
+                        sums + (position * SOME + c - c0) * PIXEL,
+                    )  # fmt: skip
+            for c in range(c0, c1):
+                _transform_taps(sums + (c - c0) * PIXEL, SOME * PIXEL, grid, 3 * PIXEL)
+                _take_taps(arguments, grid, ready + (c - c0) * count * PIXEL)
+            _emit_taps(arguments, ready, g, k, c0, c1)
+
+    return Tasks(transform_weight, transform_source, transform_grads, convolve, reduce, finish, reduce_once)
 
 
 def _image_transform(m, tile, itemsize, kind, window):
