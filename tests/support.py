@@ -22,6 +22,8 @@ from fastconv import reference, registry, selection
 from fastconv.testing import ConvCase, PoolCase, assert_close
 
 ALGORITHMS = tuple(a.name for a in registry.on("cpu"))
+# What each level of `precision` promises: the root-mean-square error over the root-mean-square of the result.
+PROMISES = {"highest": 1e-6, "high": 2e-5, "medium": 5e-3}
 # Sums of products as they stand, so that whole numbers come out exact.
 EXACT = tuple(a.name for a in registry.on("cpu") if a.family not in ("fft", "winograd"))
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
@@ -173,6 +175,11 @@ def refusal(algorithm: str, geometry: fastconv.ConvGeometry, direction: str) -> 
     support = record.supports(selection.lifted(geometry, geometry.data_format), direction)
     assert support.ok or support.reason, f"{algorithm} refuses without a reason"
     return "" if support.ok else support.reason
+
+
+def stride_for(algorithm: str, stride: Any) -> Any:
+    """Return the stride for a test of one geometry: 1 for an algorithm that has no other."""
+    return 1 if algorithm.startswith("winograd") else stride
 
 
 def promise(algorithm: str) -> str:

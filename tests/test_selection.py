@@ -10,6 +10,7 @@ from support import ALGORITHMS, FIRST, LAST, conv_problem, normal, op, promise, 
 
 import fastconv
 from fastconv import registry, selection
+from fastconv.cpu import workspace
 from fastconv.testing import CONV_CASES, ConvCase, assert_close
 
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
@@ -42,6 +43,8 @@ def calls(p, layout, algorithm):
 def peak(call):
     """Bytes of NumPy arrays allocated at the same time during a call, beyond what there was."""
     call()
+    # What the thread has kept of it is allocated anew.
+    workspace.release()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()

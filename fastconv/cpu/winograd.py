@@ -51,11 +51,13 @@ from .simd import (
 )
 from .strips import pack_table, strips
 
-# Products per running sum, over channels or tiles: the transforms amplify its rounding error. Measured, F(4x4) stays
-# below 1e-6 with 64.
+# Products per running sum, over channels and over tiles: the transforms amplify its rounding error. Measured, F(4x4)
+# stays below 1e-6 with these.
 CHAINS = {2: 256, 4: 64, 6: 256}
-# Chains of tiles that are added up before their sum is added to the weight gradient's.
-LINKS = 16
+TILE_CHAINS = {2: 128, 4: 32, 6: 128}
+# Chains of tiles that are added up before their sum is added to the weight gradient's: in float64, where more than
+# this many sums are added there.
+LINKS = 8
 # Channels times blocks of taps up to which their sum was measured to keep its promise.
 MOST_DEPTH = {2: 4096, 4: 1152, 6: 4096}
 # Bytes of V and M that a thread works on: the second-level cache.
@@ -220,7 +222,7 @@ class Winograd:
         p, count = _problem(g, "weight_grad", self.m), len(workspace["taps"])
         tile = tile_for(g.dtype.itemsize)
         tiles = workspace["V"].shape[1] // _tile_elements(p, p.depth, self.m, g)
-        b = Blocking(tile, tiles, _run(p, self.m, g.dtype.itemsize, tiles), 1)
+        b = Blocking(tile, tiles, _run(p, self.m, g.dtype.itemsize, p.tile_count), 1)
         run, table = tasks(self.m, b.tile, g.dtype.itemsize), _tap_table(p, b.tile, g.dtype.itemsize)
         for first in range(0, max(p.tile_count, 1), b.tiles):
             last = min(first + b.tiles, p.tile_count)
@@ -334,8 +336,7 @@ def _run(p, m, itemsize, tiles):
 def _sums(p, m, g):
     """The weight gradient's sums over tiles: in float64 where many float32 sums are added up."""
     tile = tile_for(g.dtype.itemsize)
-    rounds = p.tile_count * _tile_bytes(p, m, g) // SHARED_BYTES
-    dtype = np.dtype(np.float64) if rounds > LINKS else g.dtype
+    dtype = np.dtype(np.float64) if p.tile_count > TILE_CHAINS[m] * LINKS**2 else g.dtype
     return Buffer((1, (m + 2) ** 2 * p.groups * _panels(p, tile) * _rows(p, tile) * tile.width), dtype)
 
 
@@ -357,11 +358,13 @@ def _tile_bytes(p, m, g):
 def _gradient_workspace(g, p, m, count, limit):
     """As many tiles of V and Y as the shared memory holds."""
     tile, sums = tile_for(g.dtype.itemsize), _sums(p, m, g)
-    most = max(min(SHARED_BYTES, limit - sums.nbytes) // _tile_bytes(p, m, g), 16)
-    tiles = -(-p.tile_count // -(-p.tile_count // most))
     # For some channels the taps there are; before them one channel's grid of taps, and sums to transform.
     t2 = (m + 2) ** 2
     rows = STAGE * math.prod(p.kernel) + _tap_count(p) + t2
+    strip = _strip_elements(p, m, _run(p, m, g.dtype.itemsize, p.tile_count)) + tile.lanes
+    room = min(SHARED_BYTES, limit - sums.nbytes - count * (rows * tile.width + strip) * g.dtype.itemsize)
+    most = max(room // _tile_bytes(p, m, g), 16)
+    tiles = -(-p.tile_count // -(-p.tile_count // most))
     if math.prod(p.blocks) == 1 and tiles == p.tile_count and tiles * _tile_bytes(p, m, g) <= ONCE_BYTES:
         some = SOME_TILES * tile.rows
         sums, rows = sums._replace(shape=(1, 0)), some * (math.prod(p.kernel) + t2) + _tap_count(p)
@@ -370,7 +373,7 @@ def _gradient_workspace(g, p, m, count, limit):
         "V": Buffer((1, tiles * _tile_elements(p, p.depth, m, g)), g.dtype),
         "Y": Buffer((1, tiles * _tile_elements(p, p.targets, m, g)), g.dtype),
         "taps": Buffer((count, rows * tile.width), g.dtype),
-        "strip": Buffer((count, _strip_elements(p, m, _run(p, m, g.dtype.itemsize, tiles)) + tile.lanes), g.dtype),
+        "strip": Buffer((count, strip), g.dtype),
     }
 
 
@@ -401,7 +404,7 @@ def tasks(m, tile, itemsize):
     ROWS, COLUMNS, LANES = tile
     SOME = SOME_TILES * ROWS
     WIDTH, SIZE, VECTOR, PIXEL = tile.width, itemsize, LANES * itemsize, tile.width * itemsize
-    M, T, CHAIN = m, m + 2, CHAINS[m]
+    M, T, CHAIN, TILE_CHAIN = m, m + 2, CHAINS[m], TILE_CHAINS[m]
     # The argument that is 0: the one offset of a reduction without gaps.
     ZERO = 58
     move = strips(tile, itemsize)
@@ -650,10 +653,10 @@ def tasks(m, tile, itemsize):
         begin, end = share(T * T * G * panels, chunk, chunks)
         for job in range(begin, end):
             position, g, k = job // (G * panels), job // panels % G, job % panels * PIXEL
-            for start in range(0, last - first, CHAIN * LINKS):
+            for start in range(0, last - first, TILE_CHAIN * LINKS):
                 for c in range(0, depth, ROWS):
                     to, is_first = sums + (job * rows + c) * WIDTH * wide, first + start == 0
-                    tile, count = position * tiles + start, min(CHAIN * LINKS, last - first - start)
+                    tile, count = position * tiles + start, min(TILE_CHAIN * LINKS, last - first - start)
                     _sum_tiles(
                         arguments, V + tile * V_pitch + (g * depth + c) * SIZE, V_pitch,
                         Y + tile * Y_pitch + g * K * SIZE + k, Y_pitch, count,
@@ -670,10 +673,10 @@ def tasks(m, tile, itemsize):
     @device
     def _sum_tiles(arguments, V, V_pitch, Y, Y_pitch, count, target):
         """Write the sum over tiles of ROWS channels times one panel of filters, in chains."""
-        for start in range(0, count, CHAIN):
+        for start in range(0, count, TILE_CHAIN):
             multiply_tile(
                 ROWS, COLUMNS, LANES, SIZE, V + start * V_pitch, SIZE, V_pitch, arguments + ZERO * 8, 1,
-                min(CHAIN, count - start), Y + start * Y_pitch, Y_pitch, target, PIXEL, start,
+                min(TILE_CHAIN, count - start), Y + start * Y_pitch, Y_pitch, target, PIXEL, start,
             )  # fmt: skip
 
     @task
