@@ -412,44 +412,51 @@ def _warm_conv(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
     import fastconv
 
     conv, bias = getattr(fastconv, f"conv{dims}d"), np.zeros(4, a.dtype)
-    for algorithm in _algorithm_names(a, "forward"):
-        for kernel in (3, 1):
-            conv(a.image(), a.weight(kernel), bias, activation="relu", algorithm=algorithm, **how)
-        conv(a.image(), a.weight(3, 1), groups=4, padding=1, algorithm=algorithm, **how)
+    for kernel, groups in ((3, 1), (1, 1), (3, 4)):
+        weight = a.weight(kernel, 4 // groups)
+        for named in _algorithms(a, weight, "forward", groups):
+            conv(a.image(), weight, bias, groups=groups, activation="relu", **named, **how)
 
 
 def _warm_conv_backward(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
     import fastconv
 
     backward = getattr(fastconv, f"conv{dims}d_backward")
-    for algorithm in _algorithm_names(a, "input_grad"):
-        for kernel in (3, 1):
-            backward(a.image(size=7 - kernel), a.image(), a.weight(kernel), algorithm=algorithm, **how)
+    for kernel, groups in ((3, 1), (1, 1), (3, 4)):
+        weight = a.weight(kernel, 4 // groups)
+        for need in ("input", "weight"):
+            for named in _algorithms(a, weight, f"{need}_grad", groups):
+                grad = a.image(size=a.spatial[0] - kernel + 1)
+                backward(grad, a.image(), weight, groups=groups, needs=(need, "bias"), **named, **how)
 
 
 def _warm_transpose(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
     import fastconv
 
     transpose = getattr(fastconv, f"conv_transpose{dims}d")
-    for algorithm in _algorithm_names(a, "input_grad"):
-        transpose(a.image(), a.weight(3), np.zeros(4, a.dtype), activation="relu", algorithm=algorithm, **how)
+    for named in _algorithms(a, a.weight(3), "input_grad"):
+        transpose(a.image(), a.weight(3), np.zeros(4, a.dtype), activation="relu", **named, **how)
 
 
 def _warm_transpose_backward(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
     import fastconv
 
-    backward = getattr(fastconv, f"conv_transpose{dims}d_backward")
-    for algorithm in _algorithm_names(a, "forward"):
-        backward(a.image(size=8), a.image(), a.weight(3), algorithm=algorithm, **how)
+    backward, grad = getattr(fastconv, f"conv_transpose{dims}d_backward"), a.image(size=a.spatial[0] + 2)
+    for need, direction in (("input", "forward"), ("weight", "weight_grad")):
+        for named in _algorithms(a, a.weight(3), direction):
+            backward(grad, a.image(), a.weight(3), needs=(need, "bias"), **named, **how)
 
 
-def _algorithm_names(a: _Arrays, direction: str) -> list[str]:
+def _algorithms(a: _Arrays, weight: np.ndarray, direction: str, groups: int = 1) -> list[dict[str, str]]:
+    """Return the arguments that name each algorithm which can do this, whatever it promises."""
     from . import selection
     from .geometry import ConvGeometry
 
-    image, weight = a.image(), a.weight(3)
-    geometry = ConvGeometry.create(image.shape, weight.shape, data_format=a.data_format, dtype=a.dtype)
-    return [c.name for c in selection.algorithms(geometry, direction=direction) if c.supported]
+    geometry = ConvGeometry.create(
+        a.image().shape, weight.shape, groups=groups, data_format=a.data_format, dtype=a.dtype
+    )
+    found = selection.algorithms(geometry, direction=direction, precision="medium")
+    return [{"algorithm": c.name, "precision": "medium"} for c in found if c.supported]
 
 
 def _warm_pool(dims: str, a: _Arrays, how: dict[str, Any], kind: str, backward: bool) -> None:

@@ -98,11 +98,12 @@ def compiled():
 fastconv.warmup(["conv2d", "conv2d_backward"], ["float32"], ["channels_first"])
 before = compiled()
 x, w, b = (np.ones(shape, "float32") for shape in ((2, 3, 9, 9), (5, 3, 3, 3), (5,)))
-geometry = fastconv.ConvGeometry.create(x.shape, w.shape)
-for algorithm in [c.name for c in fastconv.algorithms(geometry) if c.supported]:
-    y = fastconv.conv2d(x, w, b, stride=2, activation="tanh", algorithm=algorithm)
-    fastconv.conv2d_backward(y, x, w, stride=2, algorithm=algorithm)
-    fastconv.conv1d(x[:, :, 0], w[..., 0], padding=1, algorithm=algorithm)
+for stride in (1, 2):
+    geometry = fastconv.ConvGeometry.create(x.shape, w.shape, stride=stride)
+    for algorithm in [c.name for c in fastconv.algorithms(geometry) if c.supported]:
+        y = fastconv.conv2d(x, w, b, stride=stride, activation="tanh", algorithm=algorithm)
+        fastconv.conv2d_backward(y, x, w, stride=stride, algorithm=algorithm)
+fastconv.conv1d(x[:, :, 0], w[..., 0], padding=1)
 print(before, compiled())
 """
     before, after = run_python(script).split()
