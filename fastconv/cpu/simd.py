@@ -512,3 +512,172 @@ def _fma(builder, vector):
     bits = 32 if isinstance(vector.element, ir.FloatType) else 64
     name = f"llvm.fma.v{vector.count}f{bits}"
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+
+
+# What `reduce_window` computes, and the elements it takes, by number.
+MAXIMUM, SUM, WIDE_SUM = range(3)
+ELEMENTS = ("float32", "float64", "int8", "uint8", "int16", "int32", "int64")
+
+
+def element_lanes(element):
+    """Return how many windows are reduced side by side: a register of elements, or of 32-bit positions if wider."""
+    nbytes = {"avx512": 64, "avx2": 32}.get(instruction_set(), 16)
+    return nbytes // max(4, _nbytes(_element_type(element)[0]))
+
+
+def _nbytes(kind):
+    return kind.width // 8 if isinstance(kind, ir.IntType) else {ir.FloatType(): 4, ir.DoubleType(): 8}[kind]
+
+
+def _element_type(number):
+    """Return an element's type, of integers with its `width`, and whether it has a sign."""
+    name = ELEMENTS[number]
+    kind = {"float32": ir.FloatType(), "float64": ir.DoubleType()}.get(name)
+    return kind or ir.IntType(int(name.lstrip("uint"))), not name.startswith("u")
+
+
+@intrinsic(prefer_literal=True)
+def reduce_window(
+    typing_context, operation, element, lanes, step, position_bits,
+    source, row_step, rows, column_step, columns, position, position_row, position_column, target, where, count, more,
+    divisor,
+):  # fmt: skip
+    """Reduce `count` windows side by side, one in each lane, `step` elements apart; 0: channels of the same window.
+
+    Tap (i, j) is at source + i*row_step + j*column_step, its number position + i*position_row + j*position_column.
+    The maximum goes to `target` and, unless `position_bits` is 0, the number of its tap to int64 numbers at `where`:
+    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided. With `more`, what is there
+    already takes part.
+    """
+    shape = [t.literal_value for t in (operation, element, lanes, step, position_bits)]
+    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 12, types.float64)
+
+    def generate(context, builder, signature, args):
+        _Window(builder, args[15], *shape).generate(*args[5:15], *args[16:])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+class _Window:
+    """Generates the loops of `reduce_window`."""
+
+    def __init__(self, builder, count, operation, element, lanes, step, position_bits):
+        self.builder, self.operation, self.lanes, self.step = builder, operation, lanes, step
+        kind, self.is_signed = _element_type(element)
+        self.vector, self.nbytes = ir.VectorType(kind, lanes), _nbytes(kind)
+        self.held = ir.VectorType(ir.DoubleType(), lanes) if operation == WIDE_SUM else self.vector
+        self.positions = ir.VectorType(ir.IntType(position_bits), lanes) if position_bits else None
+        self.mask = _lanes_below(builder, count, lanes)
+        apart = ir.Constant(_I64, max(step, 1))
+        # Of the lanes in use, only elements between the first and the last are read.
+        spread = builder.sub(builder.mul(count, apart), builder.sub(apart, ir.Constant(_I64, 1)))
+        self.wide_mask = self.mask if step <= 1 else _lanes_below(builder, spread, lanes * step)
+
+    def generate(
+        self, source, row_step, rows, column_step, columns, position, position_row, position_column, target, where,
+        more, divisor,
+    ):  # fmt: skip
+        builder = self.builder
+        is_more = builder.icmp_signed("!=", more, ir.Constant(_I64, 0))
+        best = self._begin(is_more, target, self.vector, self.nbytes, self._lowest(self.held))
+        found = None
+        if self.positions:
+            nothing = builder.icmp_signed("==", builder.mul(rows, columns), ir.Constant(_I64, 0))
+            first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
+            found = self._begin(is_more, where, ir.VectorType(_I64, self.lanes), 8, first)
+        with cgutils.for_range(builder, rows) as row:
+            at = builder.add(source, builder.mul(row.index, row_step))
+            number = builder.add(position, builder.mul(row.index, position_row))
+            with cgutils.for_range(builder, columns) as column:
+                value = self._load(builder.add(at, builder.mul(column.index, column_step)))
+                if self.operation != MAXIMUM:
+                    builder.store(builder.fadd(builder.load(best), self._held(value)), best)
+                else:
+                    here = builder.add(number, builder.mul(column.index, position_column))
+                    self._take(value, here, best, found)
+        self._end(best, found, target, where, divisor)
+
+    def _held(self, value):
+        return value if value.type == self.held else self.builder.fpext(value, self.held)
+
+    def _lowest(self, held):
+        kind = held.element
+        if self.operation != MAXIMUM:
+            lowest = 0.0
+        elif isinstance(kind, ir.IntType):
+            lowest = -(2 ** (kind.width - 1)) if self.is_signed else 0
+        else:
+            lowest = float("-inf")
+        return ir.Constant(held, [lowest] * self.lanes)
+
+    def _begin(self, is_more, place, stored, nbytes, start):
+        """A variable that begins with what is at a place, or with `start`."""
+        builder, variable = self.builder, cgutils.alloca_once_value(self.builder, start)
+        with builder.if_then(is_more):
+            before = _masked_load(builder, place, stored, nbytes, self.mask)
+            if stored != start.type:
+                narrow = isinstance(stored.element, ir.IntType)
+                before = builder.trunc(before, start.type) if narrow else builder.fpext(before, start.type)
+            builder.store(before, variable)
+        return variable
+
+    def _load(self, place):
+        if self.step <= 1:
+            return _masked_load(self.builder, place, self.vector, self.nbytes, self.mask)
+        wide = ir.VectorType(self.vector.element, self.lanes * self.step)
+        values = _masked_load(self.builder, place, wide, self.nbytes, self.wide_mask)
+        return _shuffle(self.builder, values, values, [self.step * i for i in range(self.lanes)])
+
+    def _numbers(self, first):
+        kind = self.positions.element
+        single = first if kind.width == 64 else self.builder.trunc(first, kind)
+        offsets = ir.Constant(self.positions, [self.step * i for i in range(self.lanes)])
+        return self.builder.add(_splat(self.builder, single, self.lanes), offsets)
+
+    def _take(self, value, number, best, found):
+        builder, held = self.builder, self.builder.load(best)
+        if isinstance(self.vector.element, ir.IntType):
+            compare = builder.icmp_signed if self.is_signed else builder.icmp_unsigned
+            taken = compare(">", value, held)
+        else:
+            taken = builder.or_(builder.fcmp_ordered(">", value, held), builder.fcmp_unordered("uno", value, value))
+        builder.store(builder.select(taken, value, held), best)
+        if found is not None:
+            builder.store(builder.select(taken, self._numbers(number), builder.load(found)), found)
+
+    def _end(self, best, found, target, where, divisor):
+        builder, result = self.builder, self.builder.load(best)
+        if self.operation != MAXIMUM:
+            kind = self.held.element
+            by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
+            result = builder.fdiv(result, _splat(builder, by, self.lanes))
+            result = result if result.type == self.vector else builder.fptrunc(result, self.vector)
+        _masked_store(builder, result, target, self.nbytes, self.mask)
+        if found is not None:
+            numbers = builder.load(found)
+            if self.positions.element.width < 64:
+                numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
+            _masked_store(builder, numbers, where, 8, self.mask)
+
+
+def _suffix(vector):
+    letter = "i" if isinstance(vector.element, ir.IntType) else "f"
+    return f"v{vector.count}{letter}{8 * _nbytes(vector.element)}"
+
+
+def _masked_load(builder, place, vector, nbytes, mask):
+    """Load the lanes of a mask from an address, zeros in the others."""
+    pointer = builder.inttoptr(place, vector.as_pointer())
+    signature = ir.FunctionType(vector, [pointer.type, _I32, mask.type, vector])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.{_suffix(vector)}.p0")
+    zeros = ir.Constant(vector, [0 if isinstance(vector.element, ir.IntType) else 0.0] * vector.count)
+    return builder.call(function, [pointer, ir.Constant(_I32, nbytes), mask, zeros])
+
+
+def _masked_store(builder, value, place, nbytes, mask):
+    """Store the lanes of a mask to an address."""
+    pointer = builder.inttoptr(place, value.type.as_pointer())
+    signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.store.{_suffix(value.type)}.p0")
+    builder.call(function, [value, pointer, ir.Constant(_I32, nbytes), mask])
