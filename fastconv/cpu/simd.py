@@ -372,12 +372,8 @@ def _broadcast(builder, pointer, scalar, lanes):
 
 
 def _prefetch(builder, pointer, nbytes):
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [_I8P, _I32, _I32, _I32]), "llvm.prefetch.p0"
-    )
     for offset in range(0, nbytes, 64):
-        ahead = builder.gep(pointer, [ir.Constant(_I64, PREFETCH + offset)])
-        builder.call(function, [ahead, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
+        _fetch(builder, builder.gep(pointer, [ir.Constant(_I64, PREFETCH + offset)]), level=3)
 
 
 # What `transform_tile` applies from both sides, by number: of F(m, 3) in `toom_cook`.
@@ -681,3 +677,199 @@ def _masked_store(builder, value, place, nbytes, mask):
     signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.store.{_suffix(value.type)}.p0")
     builder.call(function, [value, pointer, ir.Constant(_I32, nbytes), mask])
+
+
+@intrinsic(prefer_literal=True)
+def slide_tile(typing_context, pixels, taps, stride, lanes, itemsize, numbers):
+    """Slide rows of taps along rows of pixels, each one vector of channels:
+
+        out[i] = start[i] + sum over rows, taps  weights[row, tap] * x[row, i*stride + tap]       for i < count
+
+    Pixel i meets tap t at byte `begin` + i*pixel_step + t*column_step of a row, and zeros where that is negative or
+    not below `limit`. Columns that several pixels meet are loaded once. With `ahead` the row after the last is fetched
+    into the second-level cache. `numbers` are those that `_generate_slide` names.
+    """
+    shape = [t.literal_value for t in (pixels, taps, stride, lanes, itemsize)]
+
+    def generate(context, builder, signature, args):
+        _generate_slide(builder, *shape, cgutils.unpack_tuple(builder, args[5]))
+        return context.get_dummy_value()
+
+    return types.void(pixels, taps, stride, lanes, itemsize, numbers), generate
+
+
+@intrinsic(prefer_literal=True)
+def slide_sums(typing_context, pixels, rows, taps, stride, lanes, itemsize, numbers):
+    """Add to the sums of a few rows of taps what `count` pixels of a row give, each one vector of channels:
+
+        sums[row, tap] += sum over i < count  grad[i] * x[row, i*stride + tap]
+
+    Columns are as in `slide_tile`; row r is zeros where `height` + r*height_step is negative or not below its limit.
+    `numbers` are those that `_generate_sums` names.
+    """
+    shape = [t.literal_value for t in (pixels, rows, taps, stride, lanes, itemsize)]
+
+    def generate(context, builder, signature, args):
+        _generate_sums(builder, *shape, cgutils.unpack_tuple(builder, args[6]))
+        return context.get_dummy_value()
+
+    return types.void(pixels, rows, taps, stride, lanes, itemsize, numbers), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_doubles(typing_context, lanes, itemsize, target, source):
+    """Add `lanes` numbers of `itemsize` bytes to as many doubles."""
+    number, size = lanes.literal_value, itemsize.literal_value
+
+    def generate(context, builder, signature, args):
+        vector, wide = _vector_of(number, size), _vector_of(number, 8)
+        target, source = (builder.inttoptr(a, _I8P) for a in args[2:])
+        more = _load(builder, source, 0, vector, size)
+        total = builder.fadd(_load(builder, target, 0, wide, 8), builder.fpext(more, wide) if size == 4 else more)
+        _store(builder, total, target, 8)
+        return context.get_dummy_value()
+
+    return types.void(lanes, itemsize, types.int64, types.int64), generate
+
+
+def _columns(pixels, taps, stride):
+    """The columns that a row of pixels meets, from left to right: of each, the (pixel, tap) pairs it is met by."""
+    columns = {}
+    for i in range(pixels):
+        for t in range(taps):
+            columns.setdefault(i * stride + t, []).append((i, t))
+    return [columns[c] for c in sorted(columns)]
+
+
+def _vector_of(lanes, itemsize):
+    return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
+
+
+def _times(builder, number, step):
+    return builder.mul(ir.Constant(_I64, number), step)
+
+
+def _at(builder, base, number, step):
+    return builder.gep(base, [_times(builder, number, step)])
+
+
+def _loop(builder, times, first):
+    """Open a loop that runs `times` times over the values `first`; returns what to close it with, and the values."""
+    entry, head, body, done = builder.block, *(builder.append_basic_block(name) for name in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    counter = builder.phi(_I64)
+    values = [builder.phi(value.type) for value in first]
+    for phi, value in zip((counter, *values), (ir.Constant(_I64, 0), *first)):
+        phi.add_incoming(value, entry)
+    builder.cbranch(builder.icmp_signed("<", counter, times), body, done)
+    builder.position_at_end(body)
+
+    def close(*following):
+        later = builder.add(counter, ir.Constant(_I64, 1))
+        for phi, value in zip((counter, *values), (later, *following)):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(done)
+
+    return close, values
+
+
+def _generate_slide(builder, pixels, taps, stride, lanes, itemsize, args):
+    (row, row_step, rows, begin, limit, pixel_step, column_step, zeros,
+     weights, weight_row, weight_tap, start, start_step, out, out_step, count, ahead) = args  # fmt: skip
+    vector = _vector_of(lanes, itemsize)
+    fma = _fma(builder, vector)
+    columns = _columns(pixels, taps, stride)
+    offsets = [
+        builder.add(builder.add(begin, _times(builder, i, pixel_step)), _times(builder, t, column_step))
+        for i, t in (uses[-1] for uses in columns)
+    ]
+    row, weights, nothing = (builder.inttoptr(a, _I8P) for a in (row, weights, zeros))
+    zero = ir.Constant(vector, [0.0] * lanes)
+
+    close, (row, weights, *sums) = _loop(builder, rows, [row, weights, *[zero] * pixels])
+    fresh = list(sums)
+    loaded = [_load(builder, _at(builder, weights, t, weight_tap), 0, vector, itemsize) for t in range(taps)]
+    for offset, uses in zip(offsets, columns):
+        inside = builder.icmp_unsigned("<", offset, limit)
+        place = builder.select(inside, builder.gep(row, [offset]), nothing)
+        value = _load(builder, place, 0, vector, itemsize)
+        for i, t in uses:
+            fresh[i] = builder.call(fma, [value, loaded[t], fresh[i]])
+    close(builder.gep(row, [row_step]), builder.gep(weights, [weight_row]), *fresh)
+
+    with builder.if_then(builder.icmp_signed("!=", ahead, ir.Constant(_I64, 0))):
+        for offset in offsets:
+            _fetch(builder, builder.gep(row, [offset]), level=2)
+
+    target, source = builder.inttoptr(out, _I8P), builder.inttoptr(start, _I8P)
+    end = builder.append_basic_block("end")
+    for i in range(pixels):
+        if i:
+            store = builder.append_basic_block("store")
+            builder.cbranch(builder.icmp_signed("<", ir.Constant(_I64, i), count), store, end)
+            builder.position_at_end(store)
+        value = builder.fadd(sums[i], _load(builder, _at(builder, source, i, start_step), 0, vector, itemsize))
+        _store(builder, value, _at(builder, target, i, out_step), itemsize)
+    builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _generate_sums(builder, pixels, rows, taps, stride, lanes, itemsize, args):
+    (row, row_step, height, height_step, height_limit, begin, limit, pixel_step, column_step, zeros,
+     grad, grad_step, count, sums, sums_row, sums_tap) = args  # fmt: skip
+    vector = _vector_of(lanes, itemsize)
+    fma = _fma(builder, vector)
+    columns = _columns(pixels, taps, stride)
+    offsets = [
+        builder.add(_times(builder, i, pixel_step), _times(builder, t, column_step))
+        for i, t in (uses[-1] for uses in columns)
+    ]
+    row, grad, nothing, sums = (builder.inttoptr(a, _I8P) for a in (row, grad, zeros, sums))
+    starts, limits = [], []
+    for r in range(rows):
+        starts.append(_at(builder, row, r, row_step))
+        there = builder.icmp_unsigned("<", builder.add(height, _times(builder, r, height_step)), height_limit)
+        limits.append(builder.select(there, limit, ir.Constant(_I64, 0)))
+    block = ir.Constant(_I64, pixels)
+    blocks = builder.sdiv(builder.add(count, ir.Constant(_I64, pixels - 1)), block)
+    zero = ir.Constant(vector, [0.0] * lanes)
+
+    close, (at, grad, left, *held) = _loop(builder, blocks, [begin, grad, count, *[zero] * (rows * taps)])
+    fresh, grads = list(held), {}
+    for offset, uses in zip(offsets, columns):
+        offset = builder.add(at, offset)
+        for i, _ in uses:
+            if i not in grads:
+                there = builder.icmp_signed("<", ir.Constant(_I64, i), left)
+                place = builder.select(there, _at(builder, grad, i, grad_step), nothing)
+                grads[i] = _load(builder, place, 0, vector, itemsize)
+        # All rows of a column together: their sums do not wait for each other.
+        for r in range(rows):
+            inside = builder.icmp_unsigned("<", offset, limits[r])
+            place = builder.select(inside, builder.gep(starts[r], [offset]), nothing)
+            value = _load(builder, place, 0, vector, itemsize)
+            for i, t in uses:
+                fresh[r * taps + t] = builder.call(fma, [value, grads[i], fresh[r * taps + t]])
+    close(
+        builder.add(at, builder.mul(block, pixel_step)), builder.gep(grad, [builder.mul(block, grad_step)]),
+        builder.sub(left, block), *fresh,
+    )  # fmt: skip
+
+    for r in range(rows):
+        for t in range(taps):
+            place = _at(builder, _at(builder, sums, r, sums_row), t, sums_tap)
+            value = builder.fadd(held[r * taps + t], _load(builder, place, 0, vector, itemsize))
+            _store(builder, value, place, itemsize)
+
+
+def _store(builder, value, pointer, align):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+
+
+def _fetch(builder, pointer, level):
+    """Prefetch a line for reading; level 3 is the first-level cache, 2 the second."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8P, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, *(ir.Constant(_I32, v) for v in (0, level, 1))])
