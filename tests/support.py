@@ -182,6 +182,11 @@ def stride_for(algorithm: str, stride: Any) -> Any:
     return 1 if algorithm.startswith("winograd") else stride
 
 
+def per_group(algorithm: str, channels: int) -> int:
+    """Return the channels per group for a test of one geometry: 1 for an algorithm that takes no more."""
+    return 1 if algorithm == "depthwise" else channels
+
+
 def promise(algorithm: str) -> str:
     """Return the level of `precision` to ask an algorithm for: its own."""
     return "highest" if algorithm == "auto" else registry.named(algorithm, "cpu")[0].precision

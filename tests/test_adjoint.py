@@ -2,7 +2,20 @@
 
 import numpy as np
 import pytest
-from support import ALGORITHMS, FIRST, LAST, LAYOUTS, conv_problem, normal, op, pool_arguments, refusal, rng, stride_for
+from support import (
+    ALGORITHMS,
+    FIRST,
+    LAST,
+    LAYOUTS,
+    conv_problem,
+    normal,
+    op,
+    per_group,
+    pool_arguments,
+    refusal,
+    rng,
+    stride_for,
+)
 
 import fastconv
 from fastconv.testing import CONV_CASES, POOL_CASES, check_gradients
@@ -45,8 +58,13 @@ def test_the_gradients_of_a_convolution_are_its_adjoints(algorithm, layout):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("layout", [FIRST, LAST], ids=str)
 def test_the_gradients_of_a_convolution_are_those_of_finite_differences(algorithm, layout):
-    x, weight, bias = normal("x", shape=(2, 4, 7, 6)), normal("w", shape=(6, 2, 3, 2)), normal("b", shape=(6,))
-    how = {"stride": stride_for(algorithm, (2, 1)), "padding": ((1, 0), (2, 1)), "groups": 2, "padding_mode": "reflect"}
+    x, weight, bias = (
+        normal("x", shape=(2, 4, 7, 6)),
+        normal("w", shape=(8, per_group(algorithm, 2), 3, 2)),
+        normal("b", shape=(8,)),
+    )
+    how = {"stride": stride_for(algorithm, (2, 1)), "padding": ((1, 0), (2, 1)), "padding_mode": "reflect"}
+    how["groups"] = 4 // per_group(algorithm, 2)
     how |= {"algorithm": algorithm, "data_format": layout.data_format}
     x = layout.put(x)
     grad = normal("g", shape=fastconv.conv2d(x, weight, **how).shape)

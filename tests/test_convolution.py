@@ -20,6 +20,7 @@ from support import (
     each,
     normal,
     op,
+    per_group,
     plain,
     promise,
     refusal,
@@ -130,7 +131,8 @@ def test_the_bias_gradient_of_many_pixels_keeps_the_promise(layout):
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "sigmoid", "tanh"])
 def test_bias_and_activation_are_applied_in_the_same_call(algorithm, layout, with_bias, activation):
-    case = ConvCase("epilogue", (2, 4, 9, 8), (6, 2, 3, 3), padding=1, groups=2)
+    c = per_group(algorithm, 2)
+    case = ConvCase("epilogue", (2, 4, 9, 8), (8, c, 3, 3), padding=1, groups=4 // c)
     p = conv_problem(case, "float32")
     bias = p.bias if with_bias else None
     expected = reference.conv(p.x, p.weight, bias, **p.how, activation=activation)
@@ -172,7 +174,8 @@ def test_activations_at_the_ends_of_the_scale(activation, dtype):
 @pytest.mark.parametrize("algorithm", EXACT)
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_appear_where_the_definition_puts_them(algorithm, layout, special):
-    case = ConvCase("special", (1, 2, 7, 8), (3, 2, 3, 3), padding=1)
+    c = per_group(algorithm, 2)
+    case = ConvCase("special", (1, 2, 7, 8), (4, c, 3, 3), padding=1, groups=2 // c)
     p = conv_problem(case, "float32")
     x = p.x.copy()
     x[0, 1, 2, 3] = special
@@ -279,7 +282,8 @@ def test_every_padding_mode_with_every_form_of_padding(algorithm, dims, mode):
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_inputs_of_any_strides(algorithm, change, data_format, dtype):
-    case = ConvCase("strides", (2, 4, 6, 7), (6, 2, 3, 3), padding=1, groups=2)
+    c = per_group(algorithm, 2)
+    case = ConvCase("strides", (2, 4, 6, 7), (8, c, 3, 3), padding=1, groups=4 // c)
     layout = {"channels_first": FIRST, "channels_last": LAST}[data_format]
     p = conv_problem(case, dtype)
     x, weight, bias, grad = (change(a) for a in (layout.put(p.x), p.weight, p.bias, layout.put(p.grad)))
@@ -319,7 +323,8 @@ def one_byte_off(shape, dtype):
 @pytest.mark.parametrize("make", [np.empty, channels_last_view, every_other, backwards, one_byte_off])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_out_of_any_strides_gets_the_result(algorithm, layout, make, dtype):
-    case = ConvCase("out", (2, 4, 6, 7), (6, 2, 3, 3), padding=1, groups=2)
+    c = per_group(algorithm, 2)
+    case = ConvCase("out", (2, 4, 6, 7), (8, c, 3, 3), padding=1, groups=4 // c)
     p = conv_problem(case, dtype)
     out = make(p.y.shape, p.dtype)
     out[...] = np.nan
@@ -334,7 +339,8 @@ def test_out_of_any_strides_gets_the_result(algorithm, layout, make, dtype):
 @every_algorithm
 @every_layout
 def test_out_may_overlap_the_input(algorithm, layout):
-    case = ConvCase("in place", (2, 4, 6, 7), (4, 4, 3, 3), padding=1)
+    c = per_group(algorithm, 4)
+    case = ConvCase("in place", (2, 4, 6, 7), (4, c, 3, 3), padding=1, groups=4 // c)
     p = conv_problem(case, "float32")
     shared = layout.put(p.x)
     how = {**p.how, "data_format": layout.data_format, "algorithm": algorithm, "precision": promise(algorithm)}
@@ -372,7 +378,8 @@ def test_out_of_an_integer_convolution(layout):
 @pytest.mark.parametrize("layout", [FIRST, LAST], ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_an_image_without_a_batch_is_a_batch_of_one(algorithm, layout, dims):
-    case = ConvCase("unbatched", (1, 4, *(6, 5, 4)[:dims]), (6, 2, *(3,) * dims), padding=1, groups=2)
+    c = per_group(algorithm, 2)
+    case = ConvCase("unbatched", (1, 4, *(6, 5, 4)[:dims]), (8, c, *(3,) * dims), padding=1, groups=4 // c)
     p = conv_problem(case, "float64")
     how = {**p.how, "data_format": layout.data_format, "algorithm": algorithm}
     if algorithm != "auto" and (reason := refusal(algorithm, p.geometry(layout), "forward")):
@@ -444,12 +451,13 @@ def test_the_result_lies_in_memory_as_the_input_does(layout, dtype):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_large_strides_and_dilations_that_are_never_used(algorithm):
-    x, weight = whole("x", shape=(1, 2, 3, 4)), whole("w", shape=(3, 2, 3, 4))
+    c = per_group(algorithm, 2)
+    x, weight = whole("x", shape=(1, c, 3, 4)), whole("w", shape=(3, c, 3, 4))
     expected = reference.conv(x, weight)
     stride = stride_for(algorithm, 2**40)
     y = fastconv.conv2d(x, weight, stride=stride, algorithm=algorithm, precision=promise(algorithm))
     assert_close(y, expected, algorithm=algorithm, reduction_length=24)
-    x, weight = whole("x", shape=(1, 2, 3, 4)), whole("w", shape=(3, 2, 1, 1))
+    x, weight = whole("x", shape=(1, c, 3, 4)), whole("w", shape=(3, c, 1, 1))
     how = {"dilation": 2**40, "algorithm": algorithm, "precision": promise(algorithm)}
     if reason := refusal(algorithm, fastconv.ConvGeometry.create(x.shape, weight.shape, dilation=2**40), "forward"):
         assert_refused(lambda: fastconv.conv2d(x, weight, **how), reason, "dilation never used")

@@ -10,6 +10,7 @@ from support import (
     conv_problem,
     normal,
     op,
+    per_group,
     pool_arguments,
     promise,
     refusal,
@@ -28,13 +29,8 @@ SHAPE = (2, 6, 9, 8)
 def every_call(layout):
     how = {"data_format": layout.data_format}
     x = layout.put(normal("x", shape=SHAPE, dtype="float32"))
-    grad = layout.put(normal("g", shape=(2, 4, 9, 8), dtype="float32"))
-    weight, bias = normal("w", shape=(4, 3, 3, 3), dtype="float32"), normal("b", shape=(4,), dtype="float32")
-    up, up_bias = normal("up", shape=(6, 2, 3, 3), dtype="float32"), normal("ub", shape=(4,), dtype="float32")
-    up_grad = layout.put(normal("g", shape=(2, 4, 11, 10), dtype="float32"))
     small, where = fastconv.max_pool2d(x, 3, 2, 1, return_indices=True, **how)
     adaptive, places = fastconv.adaptive_max_pool2d(x, 4, return_indices=True, **how)
-    conv = {"padding": 1, "groups": 2, "padding_mode": "reflect", **how}
     calls = {
         "max_pool2d": ((x, 3, 2, 1), {"return_indices": True, **how}),
         "max_pool2d_backward": ((small, where, x.shape), how),
@@ -53,11 +49,20 @@ def every_call(layout):
     }
     yield from ((name, *call) for name, call in calls.items())
     for algorithm in (*ALGORITHMS, "auto"):
-        named = {"algorithm": algorithm, "precision": promise(algorithm)}
-        yield "conv2d", (x, weight, bias), {"activation": "tanh", **conv, **named}
-        yield "conv2d_backward", (grad, x, weight), {**conv, **named}
-        yield "conv_transpose2d", (x, up, up_bias), {"groups": 2, **how, **named}
-        yield "conv_transpose2d_backward", (up_grad, x, up), {"groups": 2, **how, **named}
+        yield from every_convolution(layout, x, {"algorithm": algorithm, "precision": promise(algorithm), **how})
+
+
+def every_convolution(layout, x, how):
+    c, k = per_group(how["algorithm"], 3), per_group(how["algorithm"], 2)
+    weight, bias = normal("w", shape=(6, c, 3, 3), dtype="float32"), normal("b", shape=(6,), dtype="float32")
+    up, up_bias = normal("up", shape=(6, k, 3, 3), dtype="float32"), normal("ub", shape=(2 * k,), dtype="float32")
+    grad = layout.put(normal("g", shape=(2, 6, 9, 8), dtype="float32"))
+    up_grad = layout.put(normal("g", shape=(2, 2 * k, 11, 10), dtype="float32"))
+    conv = {"padding": 1, "groups": 6 // c, "padding_mode": "reflect", **how}
+    yield "conv2d", (x, weight, bias), {"activation": "tanh", **conv}
+    yield "conv2d_backward", (grad, x, weight), conv
+    yield "conv_transpose2d", (x, up, up_bias), {"groups": 2, **how}
+    yield "conv_transpose2d_backward", (up_grad, x, up), {"groups": 2, **how}
 
 
 def bits(result):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from support import ALGORITHMS, normal, promise, run_python, tbb_directory
+from support import ALGORITHMS, normal, per_group, promise, run_python, tbb_directory
 
 import fastconv
 from fastconv import config
@@ -65,9 +65,11 @@ def work(algorithms=ALGORITHMS):
         x = normal("x", shape=(3, 8, 13, 12), dtype="float32")
         if data_format == "channels_last":
             x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-        weight, bias = normal("w", shape=(6, 4, 3, 3), dtype="float32"), normal("b", shape=(6,), dtype="float32")
+        bias = normal("b", shape=(8,), dtype="float32")
         for algorithm in algorithms:
-            how = {"padding": 1, "groups": 2, "data_format": data_format, "algorithm": algorithm}
+            c = per_group(algorithm, 4)
+            weight = normal("w", shape=(8, c, 3, 3), dtype="float32")
+            how = {"padding": 1, "groups": 8 // c, "data_format": data_format, "algorithm": algorithm}
             how["precision"] = promise(algorithm)
             y = fastconv.conv2d(x, weight, bias, activation="tanh", **how)
             found += [y, *fastconv.conv2d_backward(y, x, weight, **how)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import ALGORITHMS, op, promise, rng, stride_for
+from support import ALGORITHMS, op, per_group, promise, rng, stride_for
 
 import fastconv
 from fastconv.testing import assert_close
@@ -191,10 +191,11 @@ def test_adaptive_pools(dims, seed):
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def images(dtype, channels_last=False):
+def images(dtype, channels_last=False, per_group=2):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 7, 6, generator=generator).to(dtype)
-    weight, bias = torch.randn(6, 2, 3, 3, generator=generator).to(dtype), torch.randn(6, generator=generator).to(dtype)
+    weight = torch.randn(8, per_group, 3, 3, generator=generator).to(dtype)
+    bias = torch.randn(8, generator=generator).to(dtype)
     return x.to(memory_format=torch.channels_last) if channels_last else x, weight, bias
 
 
@@ -208,8 +209,9 @@ def agree(found, expected, length=40, algorithm="direct"):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
 def test_tensors_give_tensors_of_their_dtype_and_memory_format(dtype, channels_last, algorithm):
-    x, weight, bias = images(dtype, channels_last)
-    how = {"padding": 1, "groups": 2, "stride": stride_for(algorithm, 2)}
+    c = per_group(algorithm, 2)
+    x, weight, bias = images(dtype, channels_last, c)
+    how = {"padding": 1, "groups": 4 // c, "stride": stride_for(algorithm, 2)}
     named = {"algorithm": algorithm, "precision": promise(algorithm)}
     y = fastconv.conv2d(x, weight, bias, **how, **named)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), **how)

@@ -22,6 +22,7 @@ from support import (
     each,
     normal,
     op,
+    per_group,
     plain,
     promise,
     refusal,
@@ -236,7 +237,7 @@ def test_output_size_stands_for_output_padding(layout):
 @every_algorithm
 def test_bias_and_activation_are_applied_in_the_same_call(algorithm, layout, activation):
     stride = stride_for(algorithm, 2)
-    p = problem(Case("epilogue", (2, 4, 5, 6), (4, 3, 3, 3), stride, 1, stride - 1, 2), "float32")
+    p = problem(Case("epilogue", (2, 4, 5, 6), (4, per_group(algorithm, 3), 3, 3), stride, 1, stride - 1, 2), "float32")
     room = PROMISES[promise(algorithm)] * np.abs(p.y).max()
     expected = reference.conv_transpose(p.x, p.weight, p.bias, **p.case.how, activation=activation)
     y = fastconv.conv_transpose2d(
@@ -251,7 +252,7 @@ def test_bias_and_activation_are_applied_in_the_same_call(algorithm, layout, act
 @pytest.mark.parametrize("change", STRANGE, ids=lambda f: f.__name__)
 def test_inputs_of_any_strides(algorithm, layout, change):
     stride = stride_for(algorithm, 2)
-    p = problem(Case("strides", (2, 4, 5, 6), (4, 3, 3, 3), stride, 1, stride - 1, 2), "float32")
+    p = problem(Case("strides", (2, 4, 5, 6), (4, per_group(algorithm, 3), 3, 3), stride, 1, stride - 1, 2), "float32")
     x, weight, bias, grad = (change(a) for a in (layout.put(p.x), p.weight, p.bias, layout.put(p.grad)))
     before = [a.tobytes() for a in (x, weight, bias, grad)]
     how = {**p.case.how, "data_format": layout.data_format}
@@ -268,7 +269,8 @@ def test_inputs_of_any_strides(algorithm, layout, change):
 @every_algorithm
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_out_gets_the_result_whatever_it_looks_like(algorithm, dtype):
-    p = problem(Case("out", (2, 4, 5, 6), (4, 2, 3, 3), 1, 1, 0, 2), dtype)
+    c = per_group(algorithm, 2)
+    p = problem(Case("out", (2, 4, 5, 6), (4, c, 3, 3), 1, 1, 0, 4 // c), dtype)
     how = {**p.case.how, "algorithm": algorithm, "precision": promise(algorithm)}
     for layout in (FIRST, VIEW):
         x = layout.put(p.x)
@@ -323,7 +325,16 @@ def test_it_is_the_adjoint_of_convolution(layout):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradients_are_those_of_finite_differences(algorithm):
     p = problem(
-        Case("numerical", (2, 4, 5, 6), (4, 3, 3, 2), stride_for(algorithm, (2, 3)), ((1, 0), (0, 1)), 0, 2), "float64"
+        Case(
+            "numerical",
+            (2, 4, 5, 6),
+            (4, per_group(algorithm, 3), 3, 2),
+            stride_for(algorithm, (2, 3)),
+            ((1, 0), (0, 1)),
+            0,
+            2,
+        ),
+        "float64",
     )
     how = {**p.case.how, "algorithm": algorithm}
     grads = fastconv.conv_transpose2d_backward(p.grad, p.x, p.weight, **how)

@@ -14,7 +14,7 @@ integers: made in a factory they would miss Numba's disk cache in every process.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -563,7 +563,7 @@ class _Window:
         kind, self.is_signed = _element_type(element)
         self.vector, self.nbytes = ir.VectorType(kind, lanes), _nbytes(kind)
         self.held = ir.VectorType(ir.DoubleType(), lanes) if operation == WIDE_SUM else self.vector
-        self.positions = ir.VectorType(ir.IntType(position_bits), lanes) if position_bits else None
+        self.positions: Any = ir.VectorType(ir.IntType(position_bits), lanes) if position_bits else None
         self.mask = _lanes_below(builder, count, lanes)
         apart = ir.Constant(_I64, max(step, 1))
         # Of the lanes in use, only elements between the first and the last are read.
