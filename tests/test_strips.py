@@ -18,7 +18,7 @@ SIZES = {4: np.float32, 8: np.float64}
 def tasks(itemsize):
     tile = tile_for(itemsize)
     LANES, SIZE = tile.lanes, itemsize
-    fill_, copy_, finish_, emit_, pack_ = strips(tile, itemsize)
+    _, copy_, _, emit_, pack_, unpack_ = strips(tile, itemsize)
 
     @task
     def transpose(arguments, chunk):
@@ -27,8 +27,8 @@ def tasks(itemsize):
 
     @task
     def copy(arguments, chunk):
-        _, target, source, count, C, channel, step = integers(arguments, 0, 7)
-        copy_(target, source, count, C, channel, step)
+        _, target, pixel, source, count, C, channel, step = integers(arguments, 0, 8)
+        copy_(target, pixel, source, count, C, channel, step)
 
     @task
     def emit(arguments, chunk):

@@ -26,6 +26,9 @@ from . import toom_cook
 
 _I8P, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 
+# What leaky ReLU multiplies negative numbers by.
+LEAKY_SLOPE = 0.01
+
 # Bytes ahead of the panel that are fetched: measured on packed panels of 64 to 256 kB.
 PREFETCH = 512
 
@@ -279,14 +282,57 @@ def multiply_tile(
     signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 11)
 
     def generate(context, builder, signature, args):
-        _generate_tile(builder, Tile(*shape[:3]), shape[3], args[4:])
+        a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add = args[4:]
+        tile = Tile(*shape[:3])
+        a_rows, out_rows = (_multiples(builder, step, tile.rows) for step in (a_row, out_row))
+        sums = _generate_tile(builder, tile, shape[3], a, a_rows, a_step, offsets, runs, steps, b, b_step)
+        _store_tile(builder, tile, shape[3], sums, out, out_rows, add)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _generate_tile(builder, tile, itemsize, args):
-    a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add = args
+@intrinsic(prefer_literal=True)
+def multiply_rows(
+    typing_context, rows, columns, lanes, itemsize,
+    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code,
+):  # fmt: skip
+    """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
+
+    `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets. `bias` is the address of one number per
+    column, or 0; `code` that of an activation: 0 for none, 1 for ReLU, 2 for leaky ReLU.
+    """
+    shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
+    signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 13)
+
+    def generate(context, builder, signature, args):
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code = args[4:]
+        tile = Tile(*shape[:3])
+        sums = _generate_tile(
+            builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step
+        )
+        _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _multiples(builder, step, count):
+    """Return 0, step, 2*step and so on."""
+    values = [ir.Constant(_I64, 0)]
+    for _ in range(1, count):
+        values.append(builder.add(values[-1], step))
+    return values
+
+
+def _table(builder, place, count):
+    """Return the first int64 numbers at an address."""
+    pointer = builder.inttoptr(place, _I64.as_pointer())
+    return [builder.load(builder.gep(pointer, [ir.Constant(_I64, i)])) for i in range(count)]
+
+
+def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step):
+    """Return the sums of a tile: vectors, row by row."""
     scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
     vector = ir.VectorType(scalar, tile.lanes)
     nbytes = tile.lanes * itemsize
@@ -298,9 +344,6 @@ def _generate_tile(builder, tile, itemsize, args):
     )
     a_start, b_start = builder.inttoptr(a, _I8P), builder.inttoptr(b, _I8P)
     table = builder.inttoptr(offsets, _I64.as_pointer())
-    row_offsets = [ir.Constant(_I64, 0)]
-    for _ in range(1, tile.rows):
-        row_offsets.append(builder.add(row_offsets[-1], a_row))
     zero = ir.Constant(vector, [0.0] * tile.lanes)
     builder.branch(run_block)
 
@@ -340,31 +383,67 @@ def _generate_tile(builder, tile, itemsize, args):
         sums[i].add_incoming(fresh[i], step_block)
 
     builder.position_at_end(done)
-    with builder.if_else(builder.icmp_signed("!=", add, ir.Constant(_I64, 0))) as (then, otherwise):
-        with then:
-            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=True)
-        with otherwise:
-            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=False)
+    return fresh
 
 
-def _store_tile(builder, tile, values, out, out_row, vector, itemsize, add):
-    target = builder.inttoptr(out, _I8P)
-    nbytes = tile.lanes * itemsize
-    for i in range(tile.rows):
-        for j in range(tile.columns):
-            value = values[i * tile.columns + j]
-            if add:
-                value = builder.fadd(value, _load(builder, target, j * nbytes, vector, itemsize))
-            place = builder.bitcast(builder.gep(target, [ir.Constant(_I64, j * nbytes)]), vector.as_pointer())
-            builder.store(value, place).align = itemsize
-        target = builder.gep(target, [out_row])
+def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, code=None):
+    """Store a tile, or add it to what is there; then bias and activation, if any."""
+    nbytes, base, vector = tile.lanes * itemsize, builder.inttoptr(out, _I8P), values[0].type
+    places = [
+        builder.bitcast(builder.gep(base, [builder.add(row, ir.Constant(_I64, j * nbytes))]), vector.as_pointer())
+        for row in out_rows
+        for j in range(tile.columns)
+    ]
+    values = _if(builder, add, values, lambda sums: [
+        builder.fadd(value, _aligned(builder.load(place), itemsize)) for value, place in zip(sums, places)
+    ])  # fmt: skip
+    if bias is not None:
+        values = _if(builder, bias, values, lambda sums: _add_bias(builder, tile, itemsize, sums, bias))
+        values = _if(builder, code, values, lambda sums: _rectify(builder, sums, code))
+    for value, place in zip(values, places):
+        _aligned(builder.store(value, place), itemsize)
+
+
+def _if(builder, condition, values, change):
+    """Return change(values) where the condition is not zero."""
+    before = builder.block
+    with builder.if_then(builder.icmp_signed("!=", condition, ir.Constant(_I64, 0))):
+        changed, after = change(values), builder.block
+    merged = []
+    for old, new in zip(values, changed):
+        merged.append(builder.phi(old.type))
+        merged[-1].add_incoming(old, before)
+        merged[-1].add_incoming(new, after)
+    return merged
+
+
+def _add_bias(builder, tile, itemsize, values, bias):
+    place, nbytes = builder.inttoptr(bias, _I8P), tile.lanes * itemsize
+    vectors = [_load(builder, place, j * nbytes, values[0].type, itemsize) for j in range(tile.columns)]
+    return [builder.fadd(value, vectors[i % tile.columns]) for i, value in enumerate(values)]
+
+
+def _rectify(builder, values, code):
+    """Return ReLU (code 1) or leaky ReLU (code 2); the comparison is false for NaN, which passes through."""
+    vector = values[0].type
+    zero, slope = (ir.Constant(vector, [number] * vector.count) for number in (0.0, LEAKY_SLOPE))
+    relu = builder.icmp_signed("==", code, ir.Constant(_I64, 1))
+    return [
+        builder.select(
+            builder.fcmp_ordered("<", value, zero), builder.select(relu, zero, builder.fmul(value, slope)), value
+        )
+        for value in values
+    ]
+
+
+def _aligned(instruction, align):
+    instruction.align = align
+    return instruction
 
 
 def _load(builder, pointer, offset, vector, align):
     place = builder.bitcast(builder.gep(pointer, [ir.Constant(_I64, offset)]), vector.as_pointer())
-    value = builder.load(place)
-    value.align = align
-    return value
+    return _aligned(builder.load(place), align)
 
 
 def _broadcast(builder, pointer, scalar, lanes):

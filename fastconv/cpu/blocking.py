@@ -1,0 +1,389 @@
+"""How implicit GEMM cuts a convolution: phases, jobs, and tables of where everything lies.
+
+A phase is a dense gather: target position first + i*out_step is the sum over taps of source positions
+i*in_step + delta. Forward is one phase; a strided input gradient falls into stride**dims of them, each a dense
+convolution of dy with the taps that meet it (Dumoulin & Visin 2016, section 4). A job is some rows of one image, or
+some whole images: it reads a strip, which is a padded copy of its source with channels last, or the array in place
+where that has channels last already and no padding is met. A register tile computes any pixels of a job, because the
+tables here say where each pixel's window begins and where its result goes.
+
+Everything depends on sizes alone, so that plans are kept.
+"""
+
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from .simd import Tile, tile_for
+from .strips import pack_table
+
+# Products per running sum: the rounding error of a float32 sum grows with its length.
+CHAIN = 512
+# Bytes of source that one job keeps in the second-level cache.
+STRIP_BYTES = 400 * 1024
+# Rows of a tile that lie so many bytes apart share one set of the first-level cache.
+ALIAS_BYTES = 4096
+# Pixels of a job: their tables stay small.
+MOST_PIXELS = 4096
+# Cycles to copy one element into a strip, in units of one multiply-add of vectors.
+COPY_COST = 0.15
+# Steps that a tile's start and end take as long as.
+TILE_OVERHEAD = 12
+
+
+class Phase(NamedTuple):
+    """A dense gather: target position first + i*out_step reads source positions i*in_step + delta for each tap."""
+
+    first: tuple[int, int, int]
+    size: tuple[int, int, int]
+    out_step: tuple[int, int, int]
+    in_step: tuple[int, int, int]
+    # Per dimension, (tap, delta) in the order of delta.
+    taps: tuple[tuple[tuple[int, int], ...], ...]
+
+
+class Images(NamedTuple):
+    """Where a batch of images lies, apart from its address: sizes, and byte strides along N, C, D, H, W."""
+
+    batch: int
+    extent: tuple[int, int, int]
+    strides: tuple[int, int, int, int, int]
+    # Bytes from one group of channels to the next.
+    group: int
+
+
+class Strip(NamedTuple):
+    """What a job reads: pixels of a copy, or of the source in place, and how many bytes they are apart."""
+
+    in_place: bool
+    # Rows of a copy for one row of results, and for each further one.
+    span: int
+    step: int
+    # Pixels of a row.
+    pitch: int
+    # Bytes from pixel to pixel, row to row; planes and images of a copy follow from its rows.
+    pixel: int
+    row: int
+
+
+class Cut(NamedTuple):
+    """A job: `images` whole images, or `rows` rows of results of one."""
+
+    images: int
+    rows: int
+
+
+class Plan(NamedTuple):
+    """Everything about one phase that depends on sizes alone."""
+
+    phase: Phase
+    tile: Tile
+    source: Images
+    target: Images
+    strip: Strip
+    cut: Cut
+    # Products per result: rows of a packed panel.
+    depth: int
+    # Source depth of each plane of the strip, relative to i*in_step.
+    depths: np.ndarray
+    # Byte offset of each run of taps from its pixel; (first run, runs, steps, byte offset in the panel) of each chain.
+    offsets: np.ndarray
+    chains: np.ndarray
+    # Byte offset of each product's source from its pixel, in the order of the panel; the last repeated to fill a tile.
+    products: np.ndarray
+    # Byte offsets of a job's pixels: (whole job or the last, window or result, pixel), the last repeated.
+    pixels: np.ndarray
+    # Byte offset of each stretch of evenly spaced windows.
+    starts: np.ndarray
+    # Byte offsets of the rows of a tile in a block.
+    even: np.ndarray
+    # Where each row of a panel goes, in the weight's own order.
+    panel: np.ndarray
+
+    @property
+    def images(self) -> tuple[int, int]:
+        """Images in a job, and jobs for the whole batch."""
+        return self.cut.images, -(-self.source.batch // self.cut.images)
+
+    @property
+    def parts(self) -> int:
+        """Jobs for the rows of one image."""
+        return -(-self.phase.size[1] // self.cut.rows)
+
+    @property
+    def jobs(self) -> int:
+        """Jobs of one group."""
+        return self.images[1] * self.phase.size[0] * self.parts
+
+    @property
+    def most_pixels(self) -> int:
+        """Results of the largest job, for one channel."""
+        return self.cut.images * self.cut.rows * self.phase.size[2]
+
+    @property
+    def strip_rows(self) -> int:
+        """Rows of one plane of the strip."""
+        return (self.cut.rows - 1) * self.strip.step + self.strip.span
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image's strip."""
+        return len(self.depths) * self.strip_rows * self.strip.row
+
+    @property
+    def strip_bytes(self) -> int:
+        """Bytes of a job's strip."""
+        return 0 if self.strip.in_place else self.cut.images * self.image_bytes
+
+    @property
+    def joined(self) -> bool:
+        """Whether all windows of one image's job are evenly spaced."""
+        step, strip = self.phase.in_step, self.strip
+        Q = self.phase.size[2]
+        return self.cut.rows == 1 or Q == 1 or step[1] * strip.row == Q * step[2] * strip.pixel
+
+    @property
+    def corner(self) -> tuple[int, int, int]:
+        """Source position, relative to i*in_step, of the first tap."""
+        d, h, w = (taps[0][1] for taps in self.phase.taps)
+        return d, h, w
+
+
+@lru_cache(maxsize=1024)
+def plans(g, direction, threads):
+    """Return (phase, plan) of all phases; the plan is None for a phase that no tap meets, which is zero."""
+    size = g.dtype.itemsize
+    x = _images(g.batch, g.in_channels, g.input_size, g.groups, g.data_format, size)
+    y = _images(g.batch, g.out_channels, g.output_size, g.groups, g.data_format, size)
+    C, K = g.in_channels // g.groups, g.out_channels // g.groups
+    source, target, inner, outer = (y, x, K, C) if direction == "input_grad" else (x, y, C, K)
+    found: list[tuple[Phase, Plan | None]] = []
+    for phase in phases(g, direction):
+        plan = _plan(g, direction, threads, phase, source, target, inner, outer) if all(phase.taps) else None
+        found.append((phase, plan))
+    return tuple(found)
+
+
+def phases(g, direction):
+    """Return the phases of a direction; the weight gradient has that of forward."""
+    if direction != "input_grad":
+        taps = tuple(
+            tuple((t, t * d - b) for t in range(k)) for k, d, (b, _) in zip(g.kernel_size, g.dilation, g.padding)
+        )
+        return (Phase((0, 0, 0), g.output_size, (1, 1, 1), g.stride, taps),)
+    found = []
+    for first in np.ndindex(*(min(s, n) for s, n in zip(g.stride, g.input_size))):
+        count = tuple(-(-(n - f) // s) for n, f, s in zip(g.input_size, first, g.stride))
+        taps = tuple(
+            tuple(
+                sorted(
+                    ((t, (f + b - t * d) // s) for t in range(k) if (f + b - t * d) % s == 0), key=lambda tap: tap[1]
+                )
+            )
+            for f, k, d, s, (b, _) in zip(first, g.kernel_size, g.dilation, g.stride, g.padding)
+        )
+        found.append(Phase(first, count, g.stride, (1, 1, 1), taps))
+    return tuple(found)
+
+
+def _images(batch, channels, extent, groups, data_format, size):
+    D, H, W = extent
+    if data_format == "channels_first":
+        column = size
+        channel = D * H * W * size
+        image = channels * channel
+    else:
+        channel = size
+        column = channels * size
+        image = D * H * W * column
+    group = channels // groups * channel
+    # A single channel lies in any order.
+    channel = size if channels == groups else channel
+    return Images(batch, extent, (image, channel, H * W * column, W * column, column), group)
+
+
+def _plan(g, direction, threads, phase, source, target, inner, outer):
+    size = g.dtype.itemsize
+    tile = tile_for(size)
+    order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
+    panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
+    phase, source, target = _flattened(*_thinned(phase, source, size), target)
+    strip = _strip(phase, source, inner, size)
+    depth = inner * len(order)
+    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer), size)
+    plan = Plan(phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 7, panel)
+    plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
+    runs = list(_runs(plan, inner, size))
+    offsets, chains = _chains(runs, size, tile.width * size)
+    products = np.concatenate([offset + size * np.arange(length) for offset, length in runs])
+    pixels = np.stack([_pixels(plan, job) for job in (cut, _last(plan))])
+    each = phase.size[2] * (cut.rows if plan.joined else 1)
+    return plan._replace(
+        offsets=offsets,
+        chains=chains,
+        products=_filled(products, tile.rows),
+        pixels=pixels,
+        starts=np.ascontiguousarray(pixels[0, 0, : plan.most_pixels : each]),
+        even=np.arange(tile.rows, dtype=np.int64) * tile.width * size,
+    )
+
+
+def _thinned(phase, source, size):
+    """Leave out the rows and pixels that a stride skips, where the kernel is one tap at 0."""
+    extent, strides, in_step = list(source.extent), list(source.strides), list(phase.in_step)
+    for dim in range(3):
+        # Pixels with channels first are moved side by side or not at all.
+        if phase.taps[dim][0][1] == 0 and len(phase.taps[dim]) == 1 and (dim < 2 or strides[1] == size):
+            extent[dim] = -(-extent[dim] // in_step[dim])
+            strides[2 + dim] *= in_step[dim]
+            in_step[dim] = 1
+    return phase._replace(in_step=tuple(in_step)), source._replace(extent=tuple(extent), strides=tuple(strides))
+
+
+def _flattened(phase, source, target):
+    """Make one column of all pixels where each result needs only the pixel in its place."""
+    whole = phase.size == source.extent == target.extent
+    if not whole or not all(len(taps) == 1 and taps[0][1] == 0 for taps in phase.taps):
+        return phase, source, target
+    count, batch = prod(phase.size), source.batch
+    if any(_pieces(images) != 1 for images in (source, target)):
+        return phase, source, target
+    if all(images.strides[0] == count * images.strides[4] for images in (source, target)):
+        count, batch = count * batch, 1
+    phase = phase._replace(size=(1, count, 1), out_step=(1, 1, 1))
+    source, target = (
+        Images(batch, (1, count, 1), (*images.strides[:2], count * images.strides[4], *[images.strides[4]] * 2), group)
+        for images, group in ((source, source.group), (target, target.group))
+    )
+    return phase, source, target
+
+
+def _pieces(images):
+    """Return 1 if the pixels of an image are evenly spaced."""
+    _, H, W = images.extent
+    return 1 if images.strides[3] == W * images.strides[4] and images.strides[2] == H * images.strides[3] else 0
+
+
+def _strip(phase, source, channels, size):
+    """Read in place what lies in order and needs no padding; else pixels of a copy, kept off each other's sets."""
+    spans = [taps[-1][1] - taps[0][1] + 1 for taps in phase.taps]
+    inside = all(
+        taps[0][1] >= 0 and (n - 1) * step + taps[-1][1] < extent
+        for taps, n, step, extent in zip(phase.taps, phase.size, phase.in_step, source.extent)
+    )
+    neighbour = 2 if phase.size[2] > 1 else 1
+    if inside and source.strides[1] == size and source.strides[2 + neighbour] * phase.in_step[neighbour] % ALIAS_BYTES:
+        return Strip(True, spans[1], phase.in_step[1], source.extent[2], source.strides[4], source.strides[3])
+    pitch = (phase.size[2] - 1) * phase.in_step[2] + spans[2]
+    pixel = channels * size
+    if pixel * phase.in_step[neighbour] % ALIAS_BYTES == 0:
+        pixel += 64
+    return Strip(False, spans[1], phase.in_step[1], pitch, pixel, pitch * pixel)
+
+
+def _cut(phase, source, strip, groups, direction, threads, tile, sizes, size):
+    """Choose the jobs that take the busiest thread least time."""
+    (O, P, Q), planes, (inner, depth, outer) = phase.size, len(phase.taps[0]), sizes
+    panels = -(-outer // tile.width) if outer > tile.lanes else 0.5
+    half = max(tile.rows // 2, 1)
+    reduces = direction == "weight_grad"
+
+    def strip_pixels(images, rows):
+        return images * planes * ((rows - 1) * strip.step + strip.span) * strip.pitch
+
+    def cost(images, rows):
+        pixels = images * rows * Q
+        if reduces:
+            work = -(-depth // tile.rows) * tile.rows * (pixels + TILE_OVERHEAD + images * rows)
+        else:
+            work = -(-pixels // half) * half * (depth + TILE_OVERHEAD)
+        copied = 0 if strip.in_place else strip_pixels(images, rows) * inner * COPY_COST
+        return work * panels + copied
+
+    def fits(images, rows):
+        few = images * rows * Q <= (CHAIN if reduces else MOST_PIXELS)
+        return few and strip_pixels(images, rows) * strip.pixel <= STRIP_BYTES
+
+    def busiest(cut):
+        images, rows = cut
+        whole, rest = divmod(P, rows)
+        each = whole * cost(images, rows) + (cost(images, rest) if rest else 0)
+        jobs = -(-source.batch // images) * O * groups * (whole + (rest > 0))
+        return -(-jobs // threads) * each / (whole + (rest > 0))
+
+    fewest = next((parts for parts in range(1, P + 1) if fits(1, -(-P // parts))), P) if P else 1
+    choices = [Cut(1, max(-(-P // parts), 1)) for parts in range(fewest, min(fewest + 64, max(P, 1)) + 1)]
+    if Q == 1:
+        # Any number of single pixels can be a job: whole tiles.
+        choices += [Cut(1, min(-(-cut.rows // half) * half, P)) for cut in choices if cut.rows > half]
+    if O == 1:
+        choices += [Cut(images, max(P, 1)) for images in range(2, source.batch + 1) if fits(images, P)]
+    return min(choices, key=busiest)
+
+
+def _runs(plan, channels, size):
+    """Yield (byte offset, length) of each run of numbers that one pixel's window is made of."""
+    (planes, rows, columns), strip = plan.phase.taps, plan.strip
+    joined = columns[-1][1] - columns[0][1] + 1 == len(columns) and strip.pixel == channels * size
+    for number, (_, depth) in enumerate(planes):
+        if strip.in_place:
+            plane = (depth - planes[0][1]) * plan.source.strides[2]
+        else:
+            plane = number * plan.strip_rows * strip.row
+        for _, height in rows:
+            at = plane + (height - rows[0][1]) * strip.row
+            if joined:
+                yield at, len(columns) * channels
+            else:
+                for _, width in columns:
+                    yield at + (width - columns[0][1]) * strip.pixel, channels
+
+
+def _chains(runs, size, panel_row):
+    """Cut the reduction into chains of about CHAIN products: whole runs together, or parts of one."""
+    length = runs[0][1]
+    offsets, chains, done = [], [], 0
+    if length <= CHAIN:
+        together = CHAIN // length
+        offsets = [offset for offset, _ in runs]
+        for first in range(0, len(runs), together):
+            count = min(together, len(runs) - first)
+            chains.append((first, count, length, done * panel_row))
+            done += count * length
+    else:
+        parts = -(-length // CHAIN)
+        for offset, _ in runs:
+            for part in range(parts):
+                start, end = part * length // parts, (part + 1) * length // parts
+                chains.append((len(offsets), 1, end - start, done * panel_row))
+                offsets.append(offset + start * size)
+                done += end - start
+    return np.array(offsets, np.int64), np.array(chains, np.int64)
+
+
+def _last(plan):
+    """Return the last job's images and rows; all others are whole."""
+    images, rows = plan.cut
+    if images > 1:
+        return Cut((plan.source.batch - 1) % images + 1, rows)
+    return Cut(1, (plan.phase.size[1] - 1) % rows + 1)
+
+
+def _pixels(plan, job):
+    """Return the byte offsets of a job's windows and results."""
+    phase, strip, target = plan.phase, plan.strip, plan.target.strides
+    image = plan.source.strides[0] if strip.in_place else plan.image_bytes
+    i, p, q = np.ix_(np.arange(job.images), np.arange(job.rows), np.arange(phase.size[2]))
+    windows = i * image + p * phase.in_step[1] * strip.row + q * phase.in_step[2] * strip.pixel
+    results = i * target[0] + p * phase.out_step[1] * target[3] + q * phase.out_step[2] * target[4]
+    pair = np.stack([windows.ravel(), results.ravel()])
+    whole = -(-plan.most_pixels // plan.tile.rows) * plan.tile.rows
+    return np.pad(pair, ((0, 0), (0, whole - pair.shape[1])), mode="edge").astype(np.int64)
+
+
+def _filled(offsets, rows):
+    """Repeat the last offset to fill a tile."""
+    return np.pad(offsets, (0, -len(offsets) % rows), mode="edge").astype(np.int64)
