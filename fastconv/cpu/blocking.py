@@ -24,6 +24,8 @@ from .strips import pack_table
 CHAIN = 512
 # Bytes of source that one job keeps in the second-level cache.
 STRIP_BYTES = 400 * 1024
+# Bytes of a cache line.
+LINE = 64
 # Rows of a tile that lie so many bytes apart share one set of the first-level cache.
 ALIAS_BYTES = 4096
 # Pixels of a job: their tables stay small.
@@ -79,6 +81,7 @@ class Cut(NamedTuple):
 class Plan(NamedTuple):
     """Everything about one phase that depends on sizes alone."""
 
+    itemsize: int
     phase: Phase
     tile: Tile
     source: Images
@@ -89,14 +92,15 @@ class Plan(NamedTuple):
     depth: int
     # Source depth of each plane of the strip, relative to i*in_step.
     depths: np.ndarray
-    # Byte offset of each run of taps from its pixel; (first run, runs, steps, byte offset in the panel) of each chain.
+    # Byte offsets of each run of taps, from its pixel and in the panel; (first run, runs, steps) of each chain of runs.
     offsets: np.ndarray
     chains: np.ndarray
     # Byte offset of each product's source from its pixel, in the order of the panel; the last repeated to fill a tile.
     products: np.ndarray
-    # Byte offsets of a job's pixels: (whole job or the last, window or result, pixel), the last repeated.
-    pixels: np.ndarray
-    # Byte offset of each stretch of evenly spaced windows.
+    # What each kind of job is made of (see `_Kinds`), and the byte offset of that of (a whole job or the last, part).
+    kinds: np.ndarray
+    kind: np.ndarray
+    # Byte offsets of each stretch of evenly spaced windows and of the gradients it meets.
     starts: np.ndarray
     # Byte offsets of the rows of a tile in a block.
     even: np.ndarray
@@ -107,6 +111,11 @@ class Plan(NamedTuple):
     def images(self) -> tuple[int, int]:
         """Images in a job, and jobs for the whole batch."""
         return self.cut.images, -(-self.source.batch // self.cut.images)
+
+    @property
+    def rest(self) -> int:
+        """Images of the last job."""
+        return (self.source.batch - 1) % self.cut.images + 1
 
     @property
     def parts(self) -> int:
@@ -137,6 +146,11 @@ class Plan(NamedTuple):
     def strip_bytes(self) -> int:
         """Bytes of a job's strip."""
         return 0 if self.strip.in_place else self.cut.images * self.image_bytes
+
+    @property
+    def panel_row(self) -> int:
+        """Bytes of a row of a panel, and of a pixel of a block."""
+        return self.itemsize * self.tile.width
 
     @property
     def joined(self) -> bool:
@@ -211,23 +225,64 @@ def _plan(g, direction, threads, phase, source, target, inner, outer):
     order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
     panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
     phase, source, target = _flattened(*_thinned(phase, source, size), target)
-    strip = _strip(phase, source, inner, size)
+    strip = _strip(phase, source, inner, size, direction)
     depth = inner * len(order)
     cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer), size)
-    plan = Plan(phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 7, panel)
+    plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
     plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
-    runs = list(_runs(plan, inner, size))
-    offsets, chains = _chains(runs, size, tile.width * size)
-    products = np.concatenate([offset + size * np.arange(length) for offset, length in runs])
-    pixels = np.stack([_pixels(plan, job) for job in (cut, _last(plan))])
+    kinds = _Kinds(plan, inner, size)
+    kind = np.array([[kinds.of(images, part) for part in range(plan.parts)] for images in (cut.images, plan.rest)])
+    windows, _, _ = _pixels(plan, cut)
     each = phase.size[2] * (cut.rows if plan.joined else 1)
+    starts = windows[::each]
     return plan._replace(
-        offsets=offsets,
-        chains=chains,
-        products=_filled(products, tile.rows),
-        pixels=pixels,
-        starts=np.ascontiguousarray(pixels[0, 0, : plan.most_pixels : each]),
-        even=np.arange(tile.rows, dtype=np.int64) * tile.width * size,
+        offsets=np.array(kinds.runs, np.int64),
+        chains=np.array(kinds.chains, np.int64),
+        products=_filled(_products(plan, inner, size), tile.rows),
+        kinds=np.concatenate(kinds.tables),
+        kind=kind * 8,
+        starts=np.stack([starts, np.arange(len(starts)) * each * plan.panel_row], axis=1).astype(np.int64),
+        even=np.arange(tile.rows, dtype=np.int64) * plan.panel_row,
+    )
+
+
+def _images(batch, channels, extent, groups, data_format, size):
+    D, H, W = extent
+    if data_format == "channels_first":
+        column = size
+        channel = D * H * W * size
+        image = channels * channel
+    else:
+        channel = size
+        column = channels * size
+        image = D * H * W * column
+    group = channels // groups * channel
+    # A single channel lies in any order.
+    channel = size if channels == groups else channel
+    return Images(batch, extent, (image, channel, H * W * column, W * column, column), group)
+
+
+def _plan(g, direction, threads, phase, source, target, inner, outer):
+    size = g.dtype.itemsize
+    tile = tile_for(size)
+    order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
+    panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
+    phase, source, target = _flattened(*_thinned(phase, source, size), target)
+    strip = _strip(phase, source, inner, size, direction)
+    depth = inner * len(order)
+    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer), size)
+    plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
+    plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
+    kinds = _Kinds(plan, inner)
+    kind = np.array([[kinds.of(images, part) for part in range(plan.parts)] for images in (cut.images, plan.rest)])
+    return plan._replace(
+        offsets=np.array(kinds.runs, np.int64),
+        chains=np.array(kinds.chains, np.int64),
+        products=_filled(_products(plan, inner), tile.rows),
+        kinds=np.concatenate(kinds.tables),
+        kind=kind * 8,
+        starts=_starts(plan),
+        even=np.arange(tile.rows, dtype=np.int64) * plan.panel_row,
     )
 
 
@@ -267,20 +322,22 @@ def _pieces(images):
     return 1 if images.strides[3] == W * images.strides[4] and images.strides[2] == H * images.strides[3] else 0
 
 
-def _strip(phase, source, channels, size):
+def _strip(phase, source, channels, size, direction):
     """Read in place what lies in order and needs no padding; else pixels of a copy, kept off each other's sets."""
     spans = [taps[-1][1] - taps[0][1] + 1 for taps in phase.taps]
     inside = all(
         taps[0][1] >= 0 and (n - 1) * step + taps[-1][1] < extent
         for taps, n, step, extent in zip(phase.taps, phase.size, phase.in_step, source.extent)
     )
+    # A weight gradient walks over the pixels once for every few channels: long pixels are copied to the cache first.
+    inside = inside and (direction != "weight_grad" or channels * size <= 4 * LINE)
     neighbour = 2 if phase.size[2] > 1 else 1
     if inside and source.strides[1] == size and source.strides[2 + neighbour] * phase.in_step[neighbour] % ALIAS_BYTES:
         return Strip(True, spans[1], phase.in_step[1], source.extent[2], source.strides[4], source.strides[3])
     pitch = (phase.size[2] - 1) * phase.in_step[2] + spans[2]
     pixel = channels * size
     if pixel * phase.in_step[neighbour] % ALIAS_BYTES == 0:
-        pixel += 64
+        pixel += LINE
     return Strip(False, spans[1], phase.in_step[1], pitch, pixel, pitch * pixel)
 
 
@@ -324,66 +381,128 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes, size):
     return min(choices, key=busiest)
 
 
-def _runs(plan, channels, size):
-    """Yield (byte offset, length) of each run of numbers that one pixel's window is made of."""
+def _taps(plan):
+    """Return the byte offsets of every tap from its pixel: (planes, rows, columns)."""
     (planes, rows, columns), strip = plan.phase.taps, plan.strip
-    joined = columns[-1][1] - columns[0][1] + 1 == len(columns) and strip.pixel == channels * size
-    for number, (_, depth) in enumerate(planes):
-        if strip.in_place:
-            plane = (depth - planes[0][1]) * plan.source.strides[2]
-        else:
-            plane = number * plan.strip_rows * strip.row
-        for _, height in rows:
-            at = plane + (height - rows[0][1]) * strip.row
-            if joined:
-                yield at, len(columns) * channels
-            else:
-                for _, width in columns:
-                    yield at + (width - columns[0][1]) * strip.pixel, channels
+    step = plan.source.strides[2] if strip.in_place else plan.strip_rows * strip.row
+    # The planes of a strip are those of the taps alone.
+    d = [(delta - planes[0][1] if strip.in_place else number) * step for number, (_, delta) in enumerate(planes)]
+    h, w = ([delta - taps[0][1] for _, delta in taps] for taps in (rows, columns))
+    return np.add.outer(np.add.outer(d, np.multiply(h, strip.row)), np.multiply(w, strip.pixel))
 
 
-def _chains(runs, size, panel_row):
-    """Cut the reduction into chains of about CHAIN products: whole runs together, or parts of one."""
-    length = runs[0][1]
-    offsets, chains, done = [], [], 0
-    if length <= CHAIN:
-        together = CHAIN // length
-        offsets = [offset for offset, _ in runs]
-        for first in range(0, len(runs), together):
-            count = min(together, len(runs) - first)
-            chains.append((first, count, length, done * panel_row))
-            done += count * length
-    else:
-        parts = -(-length // CHAIN)
-        for offset, _ in runs:
-            for part in range(parts):
-                start, end = part * length // parts, (part + 1) * length // parts
-                chains.append((len(offsets), 1, end - start, done * panel_row))
-                offsets.append(offset + start * size)
-                done += end - start
-    return np.array(offsets, np.int64), np.array(chains, np.int64)
-
-
-def _last(plan):
-    """Return the last job's images and rows; all others are whole."""
-    images, rows = plan.cut
-    if images > 1:
-        return Cut((plan.source.batch - 1) % images + 1, rows)
-    return Cut(1, (plan.phase.size[1] - 1) % rows + 1)
+def _products(plan, channels):
+    """Return the byte offset of each product's source from its pixel, in the order of the panel."""
+    return np.add.outer(_taps(plan).ravel(), np.arange(channels) * plan.itemsize).ravel()
 
 
 def _pixels(plan, job):
-    """Return the byte offsets of a job's windows and results."""
+    """Return byte offsets of a job's windows, of its results, and of those in a block: by row, column, image."""
     phase, strip, target = plan.phase, plan.strip, plan.target.strides
     image = plan.source.strides[0] if strip.in_place else plan.image_bytes
-    i, p, q = np.ix_(np.arange(job.images), np.arange(job.rows), np.arange(phase.size[2]))
+    p, q, i = np.ix_(np.arange(job.rows), np.arange(phase.size[2]), np.arange(job.images))
     windows = i * image + p * phase.in_step[1] * strip.row + q * phase.in_step[2] * strip.pixel
     results = i * target[0] + p * phase.out_step[1] * target[3] + q * phase.out_step[2] * target[4]
-    pair = np.stack([windows.ravel(), results.ravel()])
-    whole = -(-plan.most_pixels // plan.tile.rows) * plan.tile.rows
-    return np.pad(pair, ((0, 0), (0, whole - pair.shape[1])), mode="edge").astype(np.int64)
+    block = ((i * job.rows + p) * phase.size[2] + q) * plan.panel_row
+    return windows.ravel(), results.ravel(), block.ravel()
+
+
+def _starts(plan):
+    """Return byte offsets of each stretch of evenly spaced windows, and of the gradients it meets in a block."""
+    image = plan.source.strides[0] if plan.strip.in_place else plan.image_bytes
+    rows = 1 if plan.joined else plan.cut.rows
+    windows = np.add.outer(np.arange(plan.cut.images) * image, np.arange(rows) * plan.phase.in_step[1] * plan.strip.row)
+    step = plan.most_pixels // windows.size * plan.panel_row
+    return np.stack([windows.ravel(), np.arange(windows.size) * step], axis=1).astype(np.int64)
 
 
 def _filled(offsets, rows):
     """Repeat the last offset to fill a tile."""
     return np.pad(offsets, (0, -len(offsets) % rows), mode="edge").astype(np.int64)
+
+
+class _Kinds:
+    """Kinds of jobs: those that meet padding at the same places share tables.
+
+    The tables of one kind are byte offsets of windows, of results and of results in a block, for every pixel, and
+    (first chain, chains) of every tile. Taps that meet nothing but padding under a whole tile are left out.
+    """
+
+    def __init__(self, plan, channels):
+        self.plan, self.channels, self.size = plan, channels, plan.itemsize
+        self.taps = _taps(plan)
+        self.runs, self.chains, self.tables, self.length = [], [], [], 0
+        self.kinds: dict[tuple[object, ...], int] = {}
+        self.ranges: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def of(self, images, part):
+        """Return where the tables of a job of so many images begin."""
+        plan, phase = self.plan, self.plan.phase
+        p0 = part * plan.cut.rows
+        rows = min(plan.cut.rows, phase.size[1] - p0)
+        down = _met(phase.taps[1], p0, rows, phase.in_step[1], plan.source.extent[1])
+        key = (images, down.tobytes())
+        if key not in self.kinds:
+            self.kinds[key] = self.length
+            across = _met(phase.taps[2], 0, phase.size[2], phase.in_step[2], plan.source.extent[2])
+            self._add(Cut(images, rows), down, across)
+        return self.kinds[key]
+
+    def _add(self, job, down, across):
+        rows = self.plan.tile.rows
+        met = np.empty((job.rows, len(across), job.images, 4), np.int64)
+        met[..., :2], met[..., 2:] = down[:, None, None], across[None, :, None]
+        met = met.reshape(-1, 4)
+        met = np.pad(met, ((0, -len(met) % rows), (0, 0)), mode="edge").reshape(-1, rows, 4)
+        low, high = met.min(1), met.max(1)
+        ranges = zip(low[:, 0].tolist(), high[:, 1].tolist(), low[:, 2].tolist(), high[:, 3].tolist())
+        tiles = np.array([self._chains_of(taps) for taps in ranges]).ravel()
+        table = np.concatenate([*(_filled(offsets, rows) for offsets in _pixels(self.plan, job)), tiles])
+        self.tables.append(table.astype(np.int64))
+        self.length += len(table)
+
+    def _chains_of(self, met):
+        """Return (first chain, chains) for a range of rows and columns of taps."""
+        if met not in self.ranges:
+            first = len(self.chains)
+            self._cut_into_chains(*self._runs_of(*met))
+            self.ranges[met] = first, len(self.chains) - first
+        return self.ranges[met]
+
+    def _runs_of(self, r0, r1, s0, s1):
+        """Return (byte offset from the pixel, row of the panel) of each run under some taps, and their length."""
+        _, R, S = self.taps.shape
+        columns = [delta for _, delta in self.plan.phase.taps[2]][s0:s1]
+        joined = columns[-1] - columns[0] + 1 == len(columns)
+        joined = joined and self.plan.strip.pixel == self.channels * self.size
+        runs = [
+            (int(plane[r, s]), ((number * R + r) * S + s) * self.channels)
+            for number, plane in enumerate(self.taps)
+            for r in range(r0, r1)
+            for s in range(s0, s0 + 1 if joined else s1)
+        ]
+        return runs, (s1 - s0 if joined else 1) * self.channels
+
+    def _cut_into_chains(self, runs, length):
+        """Add chains of about CHAIN products: whole runs together, or parts of one."""
+        panel_row = self.plan.panel_row
+        if length <= CHAIN:
+            together = CHAIN // length
+            for start in range(0, len(runs), together):
+                self.chains.append((len(self.runs) + start, min(together, len(runs) - start), length))
+            self.runs += [(offset, row * panel_row) for offset, row in runs]
+            return
+        parts = -(-length // CHAIN)
+        for offset, row in runs:
+            for part in range(parts):
+                start, end = part * length // parts, (part + 1) * length // parts
+                self.chains.append((len(self.runs), 1, end - start))
+                self.runs.append((offset + start * self.size, (row + start) * panel_row))
+
+
+def _met(taps, first, count, step, extent):
+    """Return the range of taps that meet the source, for each of `count` positions: (positions, 2)."""
+    at = np.add.outer(np.arange(first, first + count) * step, [delta for _, delta in taps])
+    # A window of nothing but padding has one tap, which gives 0.
+    low = np.minimum((at < 0).sum(1), len(taps) - 1)
+    return np.stack([low, np.maximum((at < extent).sum(1), low + 1)], axis=1)

@@ -14,13 +14,14 @@ channels last go straight to the output; all others pass through a block in the 
 """
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from ..registry import Buffer
 from . import threads
-from .blocking import CHAIN, plans
+from .blocking import CHAIN, LINE, plans
 from .compile import Task, device, share, task
 from .epilogue import CODES
 from .memory import address
@@ -31,10 +32,6 @@ from .strips import strips
 SERIAL_FLOPS = 1_000_000
 # Jobs whose float32 sums are added up in float32.
 JOBS_PER_SUM = 256
-# Bytes of a weight gradient beyond which threads share it out instead of adding up one each.
-SHARED_GRADIENT = 256 * 1024
-# What a vector load must not straddle.
-LINE = 64
 
 
 def supports(geometry, direction):
@@ -117,10 +114,10 @@ class Split(NamedTuple):
 
 
 def _split(g, plan):
-    """Share out a large gradient: adding up copies of it would move more than the products do."""
+    """Share out a gradient larger than the input, which every thread then reads."""
     count, (G, panels) = _chunks(g), _panels(g, "weight_grad", plan.tile)
     number = G * panels
-    shared = number * len(plan.products) * plan.tile.width * g.dtype.itemsize > SHARED_GRADIENT
+    shared = number * len(plan.products) * plan.tile.width > g.batch * g.in_channels * prod(g.input_size)
     # Few panels are cut, so that each thread has as much to do.
     segments = count if shared and number % count and number < 8 * count else 1
     jobs = plan.jobs if shared else -(-plan.jobs // count)
@@ -181,8 +178,8 @@ def _gather(g, direction, source, bias, activation, out, workspace):
         strips_, blocks = workspace["strips"], workspace["blocks"]
         tasks(plan.tile, g.dtype.itemsize).gather(
             len(strips_), address(source), address(out), *_numbers(plan, g.groups, inner, targets),
-            address(plan.offsets), address(plan.chains), len(plan.chains), plan.depth, CODES[activation], packed,
-            padded, address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
+            address(plan.kinds), address(plan.kind), address(plan.offsets), address(plan.chains), plan.depth, CODES[activation],
+            packed, padded, address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
         )  # fmt: skip
 
 
@@ -193,8 +190,7 @@ def _numbers(plan, groups, inner, targets):
         *plan.source.strides, plan.source.group, *plan.target.strides, plan.target.group, *plan.source.extent,
         plan.source.batch, groups, inner, targets, *phase.size, *phase.first, *phase.out_step, *phase.in_step,
         *plan.corner, plan.cut.images, plan.cut.rows, strip.in_place, plan.strip_rows, strip.pitch, strip.pixel,
-        strip.row, plan.image_bytes, address(plan.depths), len(plan.depths),
-        address(plan.pixels), plan.pixels.strides[0], plan.pixels.strides[1], address(plan.even),
+        strip.row, plan.image_bytes, address(plan.depths), len(plan.depths), address(plan.even),
     )  # fmt: skip
 
 
@@ -262,9 +258,9 @@ def tasks(tile, itemsize):
         from_, to = integers(arguments, 3, 6), integers(arguments, 9, 6)
         (N, G, C, K), (O, P, Q) = integers(arguments, 18, 4), integers(arguments, 22, 3)
         first, out_step = integers(arguments, 25, 3), integers(arguments, 28, 3)
-        (images, rows), (pixels, kind_bytes, table_bytes, even) = integers(arguments, 37, 2), integers(arguments, 47, 4)
-        offsets, chains, count, depth, code, weights, bias = integers(arguments, 51, 7)
-        strips, strip_bytes, blocks, block_bytes = integers(arguments, 58, 4)
+        (images, rows), kinds, kind = integers(arguments, 37, 2), integer(arguments, 48), integer(arguments, 49)
+        offsets, chains, depth, code, weights, bias = integers(arguments, 50, 6)
+        strips, strip_bytes, blocks, block_bytes = integers(arguments, 56, 4)
         strip, block = _line(strips + chunk * strip_bytes), _line(blocks + chunk * block_bytes)
         parts, panels, groups = (P + rows - 1) // rows, (K + WIDTH - 1) // WIDTH, (N + images - 1) // images
         target += first[0] * to[2] + first[1] * to[3] + first[2] * to[4]
@@ -276,16 +272,17 @@ def tasks(tile, itemsize):
             lines = min(rows, P - p0)
             seen = held * lines * Q
             a = _strip(arguments, source + g * from_[5], strip, i0, held, o, p0, C)
-            windows = pixels + (kind_bytes if seen < images * rows * Q else 0)
+            windows = kinds + integer(kind, part if held == images else parts + part)
+            table = (seen + ROWS - 1) // ROWS * ROWS * 8
             results = target + i0 * to[0] + g * to[5] + o * out_step[0] * to[2] + p0 * row
             for panel in range(panels):
                 used = min(WIDTH, K - panel * WIDTH)
                 into, k0 = results + panel * WIDTH * to[1], g * panels + panel
                 straight = to[1] == SIZE and used in (WIDTH, LANES) and code < 3
                 _tiles(
-                    a, windows, seen, offsets, chains, count, weights + k0 * depth * PIXEL,
-                    into if straight else block, windows + table_bytes if straight else even, straight,
-                    used <= LANES, bias + k0 * PIXEL if bias else 0, code if code < 3 else 0,
+                    a, windows, seen, offsets, chains, windows + 3 * table, weights + k0 * depth * PIXEL,
+                    into if straight else block, windows + (table if straight else 2 * table), used <= LANES,
+                    bias + k0 * PIXEL if bias else 0, code if code < 3 else 0,
                 )  # fmt: skip
                 if straight:
                     continue
@@ -325,26 +322,26 @@ def tasks(tile, itemsize):
         return strip
 
     @device
-    def _tiles(a, windows, seen, offsets, chains, count, weights, out, results, straight, narrow, bias, code):
-        """Compute the pixels of a job for one panel, straight to their results or to a block, where they are even."""
+    def _tiles(a, windows, seen, offsets, chains, tiles, weights, out, results, narrow, bias, code):
+        """Compute the pixels of a job for one panel."""
         for start in range(0, seen, ROWS):
-            here, rows = windows + start * 8, results + start * 8 if straight else results
-            place = out if straight else out + start * PIXEL
+            here, rows = windows + start * 8, results + start * 8
+            first, count = integers(tiles + start // ROWS * 16, 0, 2)
             for i in range(count):
-                run, runs, steps, panel = integers(chains + i * 32, 0, 4)
+                run, runs, steps = integers(chains + (first + i) * 24, 0, 3)
                 last = i == count - 1
-                b, c, w, taps = bias if last else 0, code if last else 0, weights + panel, offsets + run * 8
+                b, c, taps = bias if last else 0, code if last else 0, offsets + run * 16
                 if narrow:
                     multiply_rows(
-                        ROWS, 1, LANES, SIZE, a, here, SIZE, taps, runs, steps, w, PIXEL, place, rows, i, b, c
+                        ROWS, 1, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
                     )
                 elif seen - start > HALF:
                     multiply_rows(
-                        ROWS, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, w, PIXEL, place, rows, i, b, c
+                        ROWS, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
                     )
                 else:
                     multiply_rows(
-                        HALF, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, w, PIXEL, place, rows, i, b, c
+                        HALF, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
                     )
 
     @task
@@ -355,9 +352,9 @@ def tasks(tile, itemsize):
         (N, G, C, K), (O, P, Q) = integers(arguments, 18, 4), integers(arguments, 22, 3)
         in_step, (images, rows) = integers(arguments, 31, 3), integers(arguments, 37, 2)
         strip_row, pixel = integer(arguments, 43), integer(arguments, 42)
-        even, copies, segments, depth, partial, partial_bytes, sums, sum_bytes = integers(arguments, 50, 8)
-        products, starts, joined = integers(arguments, 58, 3)
-        strips, strip_bytes, blocks, block_bytes = integers(arguments, 61, 4)
+        even, copies, segments, depth, partial, partial_bytes, sums, sum_bytes = integers(arguments, 47, 8)
+        products, starts, joined = integers(arguments, 55, 3)
+        strips, strip_bytes, blocks, block_bytes = integers(arguments, 58, 4)
         strip, block = _line(strips + chunk * strip_bytes), _line(blocks + chunk * block_bytes)
         parts, panels, tiles = (P + rows - 1) // rows, (K + WIDTH - 1) // WIDTH, depth // ROWS
         jobs, units = (N + images - 1) // images * O * parts, G * panels * segments

@@ -299,8 +299,9 @@ def multiply_rows(
 ):  # fmt: skip
     """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
 
-    `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets. `bias` is the address of one number per
-    column, or 0; `code` that of an activation: 0 for none, 1 for ReLU, 2 for leaky ReLU.
+    `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
+    begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
+    none, 1 for ReLU, 2 for leaky ReLU.
     """
     shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
     signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 13)
@@ -309,8 +310,9 @@ def multiply_rows(
         a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code = args[4:]
         tile = Tile(*shape[:3])
         sums = _generate_tile(
-            builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step
-        )
+            builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
+            pairs=True,
+        )  # fmt: skip
         _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code)
         return context.get_dummy_value()
 
@@ -331,8 +333,8 @@ def _table(builder, place, count):
     return [builder.load(builder.gep(pointer, [ir.Constant(_I64, i)])) for i in range(count)]
 
 
-def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step):
-    """Return the sums of a tile: vectors, row by row."""
+def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False):
+    """Return the sums of a tile: vectors, row by row. With `pairs` each run has its own place in `b` too."""
     scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
     vector = ir.VectorType(scalar, tile.lanes)
     nbytes = tile.lanes * itemsize
@@ -350,7 +352,12 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
     builder.position_at_end(run_block)
     run, b_run = builder.phi(_I64), builder.phi(_I8P)
     held = [builder.phi(vector) for _ in range(count)]
-    a_run = builder.gep(a_start, [builder.load(builder.gep(table, [run]))])
+    if pairs:
+        place = builder.gep(table, [builder.shl(run, ir.Constant(_I64, 1))])
+        a_run = builder.gep(a_start, [builder.load(place)])
+        b_first = builder.gep(b_start, [builder.load(builder.gep(place, [ir.Constant(_I64, 1)]))])
+    else:
+        a_run, b_first = builder.gep(a_start, [builder.load(builder.gep(table, [run]))]), b_run
     builder.branch(step_block)
 
     builder.position_at_end(step_block)
@@ -375,7 +382,11 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
     ]:
         phi.add_incoming(first, entry)
         phi.add_incoming(later, run_end)
-    for phi, first, later in [(step, ir.Constant(_I64, 0), step_next), (a_now, a_run, a_next), (b_now, b_run, b_next)]:
+    for phi, first, later in [
+        (step, ir.Constant(_I64, 0), step_next),
+        (a_now, a_run, a_next),
+        (b_now, b_first, b_next),
+    ]:
         phi.add_incoming(first, run_block)
         phi.add_incoming(later, step_block)
     for i in range(count):
