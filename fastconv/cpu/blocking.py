@@ -24,6 +24,8 @@ from .strips import pack_table
 CHAIN = 512
 # Bytes of source that one job keeps in the second-level cache.
 STRIP_BYTES = 400 * 1024
+# Bytes of source that a job of several images keeps in the third-level cache: each is read once for 32 filters.
+IMAGES_BYTES = 1536 * 1024
 # Bytes of a cache line.
 LINE = 64
 # Rows of a tile that lie so many bytes apart share one set of the first-level cache.
@@ -227,7 +229,7 @@ def _plan(g, direction, threads, phase, source, target, inner, outer):
     phase, source, target = _flattened(*_thinned(phase, source, size), target)
     strip = _strip(phase, source, inner, size, direction)
     depth = inner * len(order)
-    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer), size)
+    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer))
     plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
     plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
     kinds = _Kinds(plan, inner, size)
@@ -270,7 +272,7 @@ def _plan(g, direction, threads, phase, source, target, inner, outer):
     phase, source, target = _flattened(*_thinned(phase, source, size), target)
     strip = _strip(phase, source, inner, size, direction)
     depth = inner * len(order)
-    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer), size)
+    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer))
     plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
     plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
     kinds = _Kinds(plan, inner)
@@ -341,28 +343,32 @@ def _strip(phase, source, channels, size, direction):
     return Strip(False, spans[1], phase.in_step[1], pitch, pixel, pitch * pixel)
 
 
-def _cut(phase, source, strip, groups, direction, threads, tile, sizes, size):
+def _cut(phase, source, strip, groups, direction, threads, tile, sizes):
     """Choose the jobs that take the busiest thread least time."""
     (O, P, Q), planes, (inner, depth, outer) = phase.size, len(phase.taps[0]), sizes
     panels = -(-outer // tile.width) if outer > tile.lanes else 0.5
     half = max(tile.rows // 2, 1)
     reduces = direction == "weight_grad"
 
-    def strip_pixels(images, rows):
-        return images * planes * ((rows - 1) * strip.step + strip.span) * strip.pitch
+    @lru_cache
+    def met(images):
+        return 1.0 if reduces else _fraction_met(phase, source, tile, images)
+
+    def strip_bytes(images, rows):
+        return images * planes * ((rows - 1) * strip.step + strip.span) * strip.row
 
     def cost(images, rows):
         pixels = images * rows * Q
         if reduces:
             work = -(-depth // tile.rows) * tile.rows * (pixels + TILE_OVERHEAD + images * rows)
         else:
-            work = -(-pixels // half) * half * (depth + TILE_OVERHEAD)
-        copied = 0 if strip.in_place else strip_pixels(images, rows) * inner * COPY_COST
+            work = -(-pixels // half) * half * (depth * met(images) + TILE_OVERHEAD)
+        copied = 0 if strip.in_place else strip_bytes(images, rows) // strip.pixel * inner * COPY_COST
         return work * panels + copied
 
     def fits(images, rows):
         few = images * rows * Q <= (CHAIN if reduces else MOST_PIXELS)
-        return few and strip_pixels(images, rows) * strip.pixel <= STRIP_BYTES
+        return few and strip_bytes(images, rows) <= (STRIP_BYTES if images == 1 or reduces else IMAGES_BYTES)
 
     def busiest(cut):
         images, rows = cut
@@ -371,7 +377,7 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes, size):
         jobs = -(-source.batch // images) * O * groups * (whole + (rest > 0))
         return -(-jobs // threads) * each / (whole + (rest > 0))
 
-    fewest = next((parts for parts in range(1, P + 1) if fits(1, -(-P // parts))), P) if P else 1
+    fewest = next((parts for parts in range(1, P + 1) if fits(1, -(-P // parts))), max(P, 1))
     choices = [Cut(1, max(-(-P // parts), 1)) for parts in range(fewest, min(fewest + 64, max(P, 1)) + 1)]
     if Q == 1:
         # Any number of single pixels can be a job: whole tiles.
@@ -379,6 +385,24 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes, size):
     if O == 1:
         choices += [Cut(images, max(P, 1)) for images in range(2, source.batch + 1) if fits(images, P)]
     return min(choices, key=busiest)
+
+
+def _fraction_met(phase, source, tile, images):
+    """Return the fraction of products that are left when tiles skip taps that meet nothing but padding."""
+    if all(len(taps) == 1 for taps in phase.taps[1:]):
+        return 1.0
+    down, across = (_met(phase.taps[dim], 0, phase.size[dim], phase.in_step[dim], source.extent[dim]) for dim in (1, 2))
+    tiles = _tiles_met(down, across, images, tile.rows)
+    return float(np.prod(tiles[:, 1::2] - tiles[:, ::2], axis=1).mean()) / (len(phase.taps[1]) * len(phase.taps[2]))
+
+
+def _tiles_met(down, across, images, rows):
+    """Return the range of rows and of columns of taps that each tile meets: (tiles, 4)."""
+    met = np.empty((len(down), len(across), images, 4), np.int64)
+    met[..., :2], met[..., 2:] = down[:, None, None], across[None, :, None]
+    met = met.reshape(-1, 4)
+    met = np.pad(met, ((0, -len(met) % rows), (0, 0)), mode="edge").reshape(-1, rows, 4)
+    return np.where([True, False, True, False], met.min(1), met.max(1))
 
 
 def _taps(plan):
@@ -450,13 +474,8 @@ class _Kinds:
 
     def _add(self, job, down, across):
         rows = self.plan.tile.rows
-        met = np.empty((job.rows, len(across), job.images, 4), np.int64)
-        met[..., :2], met[..., 2:] = down[:, None, None], across[None, :, None]
-        met = met.reshape(-1, 4)
-        met = np.pad(met, ((0, -len(met) % rows), (0, 0)), mode="edge").reshape(-1, rows, 4)
-        low, high = met.min(1), met.max(1)
-        ranges = zip(low[:, 0].tolist(), high[:, 1].tolist(), low[:, 2].tolist(), high[:, 3].tolist())
-        tiles = np.array([self._chains_of(taps) for taps in ranges]).ravel()
+        met = _tiles_met(down, across, job.images, rows)
+        tiles = np.array([self._chains_of(taps) for taps in map(tuple, met.tolist())]).ravel()
         table = np.concatenate([*(_filled(offsets, rows) for offsets in _pixels(self.plan, job)), tiles])
         self.tables.append(table.astype(np.int64))
         self.length += len(table)

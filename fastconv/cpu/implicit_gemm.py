@@ -25,11 +25,13 @@ from .blocking import CHAIN, LINE, plans
 from .compile import Task, device, share, task
 from .epilogue import CODES
 from .memory import address
-from .simd import integer, integers, load, multiply_rows, store, tile_for, zero_bytes
+from .simd import fence, fetch, integer, integers, load, multiply_rows, store, tile_for, zero_bytes
 from .strips import strips
 
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
+# Bytes of output beyond which it is not kept in the caches: a quarter of a third-level cache.
+STREAMED = 8 * 1024 * 1024
 # Jobs whose float32 sums are added up in float32.
 JOBS_PER_SUM = 256
 
@@ -178,9 +180,16 @@ def _gather(g, direction, source, bias, activation, out, workspace):
         strips_, blocks = workspace["strips"], workspace["blocks"]
         tasks(plan.tile, g.dtype.itemsize).gather(
             len(strips_), address(source), address(out), *_numbers(plan, g.groups, inner, targets),
-            address(plan.kinds), address(plan.kind), address(plan.offsets), address(plan.chains), plan.depth, CODES[activation],
-            packed, padded, address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
+            address(plan.kinds), address(plan.kind), address(plan.offsets), address(plan.chains), plan.depth,
+            CODES[activation], packed, padded, _streams(plan, out),
+            address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
         )  # fmt: skip
+
+
+def _streams(plan, out):
+    """Whether results pass the caches by: there are too many to be there when they are read."""
+    lines = all(place % LINE == 0 for place in (address(out), plan.target.group, *plan.target.strides[2:]))
+    return out.nbytes >= STREAMED and lines and plan.target.strides[0] % LINE == 0
 
 
 def _numbers(plan, groups, inner, targets):
@@ -259,12 +268,14 @@ def tasks(tile, itemsize):
         (N, G, C, K), (O, P, Q) = integers(arguments, 18, 4), integers(arguments, 22, 3)
         first, out_step = integers(arguments, 25, 3), integers(arguments, 28, 3)
         (images, rows), kinds, kind = integers(arguments, 37, 2), integer(arguments, 48), integer(arguments, 49)
-        offsets, chains, depth, code, weights, bias = integers(arguments, 50, 6)
-        strips, strip_bytes, blocks, block_bytes = integers(arguments, 56, 4)
+        offsets, chains, depth, code, weights, bias, stream = integers(arguments, 50, 7)
+        strips, strip_bytes, blocks, block_bytes = integers(arguments, 57, 4)
         strip, block = _line(strips + chunk * strip_bytes), _line(blocks + chunk * block_bytes)
         parts, panels, groups = (P + rows - 1) // rows, (K + WIDTH - 1) // WIDTH, (N + images - 1) // images
         target += first[0] * to[2] + first[1] * to[3] + first[2] * to[4]
         row, step = out_step[1] * to[3], out_step[2] * to[4]
+        in_step = integers(arguments, 31, 3)
+        dense = G == 1 and from_[4] == C * SIZE and from_[3] == integer(arguments, 17) * from_[4]
         begin, end = share(groups * G * O * parts, chunk, chunks)
         for job in range(begin, end):
             part, o, g, i0 = _job(job, parts, O, G, images)
@@ -275,6 +286,10 @@ def tasks(tile, itemsize):
             windows = kinds + integer(kind, part if held == images else parts + part)
             table = (seen + ROWS - 1) // ROWS * ROWS * 8
             results = target + i0 * to[0] + g * to[5] + o * out_step[0] * to[2] + p0 * row
+            # Dense pixels that the next job reads are fetched while the last panel is multiplied.
+            beyond = images * from_[0] if images > 1 else rows * in_step[1] * from_[3]
+            place = source + i0 * from_[0] + o * in_step[0] * from_[2] + p0 * in_step[1] * from_[3] + beyond
+            length = beyond * ROWS // seen if dense else 0
             for panel in range(panels):
                 used = min(WIDTH, K - panel * WIDTH)
                 into, k0 = results + panel * WIDTH * to[1], g * panels + panel
@@ -282,7 +297,8 @@ def tasks(tile, itemsize):
                 _tiles(
                     a, windows, seen, offsets, chains, windows + 3 * table, weights + k0 * depth * PIXEL,
                     into if straight else block, windows + (table if straight else 2 * table), used <= LANES,
-                    bias + k0 * PIXEL if bias else 0, code if code < 3 else 0,
+                    bias + k0 * PIXEL if bias else 0, code if code < 3 else 0, stream if straight else 0,
+                    place, length if panel == panels - 1 else 0,
                 )  # fmt: skip
                 if straight:
                     continue
@@ -290,10 +306,12 @@ def tasks(tile, itemsize):
                     _finish(block, used, seen, code)
                 # Rows that follow on each other in the output are one row.
                 joined = lines == 1 or row == Q * step
-                number, length = (held, lines * Q) if joined else (held * lines, Q)
+                number, count = (held, lines * Q) if joined else (held * lines, Q)
                 for i in range(number):
-                    place = i * to[0] if joined else i // lines * to[0] + i % lines * row
-                    _emit(block + i * length * PIXEL, into + place, to[1], step, used, length)
+                    at = i * to[0] if joined else i // lines * to[0] + i % lines * row
+                    _emit(block + i * count * PIXEL, into + at, to[1], step, used, count)
+        if stream:
+            fence()
 
     @device
     def _line(place):
@@ -322,27 +340,34 @@ def tasks(tile, itemsize):
         return strip
 
     @device
-    def _tiles(a, windows, seen, offsets, chains, tiles, weights, out, results, narrow, bias, code):
+    def _tiles(
+        a, windows, seen, offsets, chains, tiles, weights, out, results, narrow, bias, code, stream, ahead, length
+    ):
         """Compute the pixels of a job for one panel."""
         for start in range(0, seen, ROWS):
             here, rows = windows + start * 8, results + start * 8
             first, count = integers(tiles + start // ROWS * 16, 0, 2)
+            for line in range(0, length, LINE):
+                fetch(ahead + start // ROWS * length + line)
             for i in range(count):
                 run, runs, steps = integers(chains + (first + i) * 24, 0, 3)
                 last = i == count - 1
                 b, c, taps = bias if last else 0, code if last else 0, offsets + run * 16
+                past = stream if last else 0
                 if narrow:
                     multiply_rows(
-                        ROWS, 1, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
-                    )
+                        ROWS, 1, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past
+                    )  # fmt: skip
                 elif seen - start > HALF:
                     multiply_rows(
-                        ROWS, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
-                    )
+                        ROWS, COLUMNS, LANES, SIZE,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past,
+                    )  # fmt: skip
                 else:
                     multiply_rows(
-                        HALF, COLUMNS, LANES, SIZE, a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c
-                    )
+                        HALF, COLUMNS, LANES, SIZE,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past,
+                    )  # fmt: skip
 
     @task
     def reduce(arguments, chunk):
@@ -417,28 +442,14 @@ def tasks(tile, itemsize):
                 at, out = products + t * ROWS * 8, partial + t * ROWS * PIXEL
                 if narrow:
                     multiply_rows(
-                        ROWS, 1, LANES, SIZE, here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0
-                    )
+                        ROWS, 1, LANES, SIZE,
+                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0,
+                    )  # fmt: skip
                 else:
                     multiply_rows(
-                        ROWS,
-                        COLUMNS,
-                        LANES,
-                        SIZE,
-                        here,
-                        at,
-                        step,
-                        starts,
-                        runs,
-                        length,
-                        b,
-                        PIXEL,
-                        out,
-                        even,
-                        more,
-                        0,
-                        0,
-                    )
+                        ROWS, COLUMNS, LANES, SIZE,
+                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0,
+                    )  # fmt: skip
 
     @task
     def unpack(arguments, chunk):

@@ -136,6 +136,28 @@ def call(typing_context, function, arguments, chunk):
 
 
 @intrinsic
+def fetch(typing_context, place):
+    """Begin to load the cache line at an address, which may be anything, into the second-level cache."""
+
+    def generate(context, builder, signature, args):
+        _fetch(builder, builder.inttoptr(args[0], _I8P), level=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def fence(typing_context):
+    """Wait until all that was written is seen by all threads, streamed results too."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def copy_bytes(typing_context, target, source, count):
     """memcpy of `count` bytes between addresses."""
 
@@ -295,25 +317,25 @@ def multiply_tile(
 @intrinsic(prefer_literal=True)
 def multiply_rows(
     typing_context, rows, columns, lanes, itemsize,
-    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code,
+    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream,
 ):  # fmt: skip
     """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
 
     `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
     begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
-    none, 1 for ReLU, 2 for leaky ReLU.
+    none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by.
     """
     shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
-    signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 13)
+    signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 14)
 
     def generate(context, builder, signature, args):
-        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code = args[4:]
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream = args[4:]
         tile = Tile(*shape[:3])
         sums = _generate_tile(
             builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
             pairs=True,
         )  # fmt: skip
-        _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code)
+        _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code, stream)
         return context.get_dummy_value()
 
     return signature, generate
@@ -397,7 +419,7 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
     return fresh
 
 
-def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, code=None):
+def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, code=None, stream=None):
     """Store a tile, or add it to what is there; then bias and activation, if any."""
     nbytes, base, vector = tile.lanes * itemsize, builder.inttoptr(out, _I8P), values[0].type
     places = [
@@ -411,8 +433,16 @@ def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, 
     if bias is not None:
         values = _if(builder, bias, values, lambda sums: _add_bias(builder, tile, itemsize, sums, bias))
         values = _if(builder, code, values, lambda sums: _rectify(builder, sums, code))
-    for value, place in zip(values, places):
-        _aligned(builder.store(value, place), itemsize)
+    if stream is None:
+        stream = ir.Constant(_I64, 0)
+    with builder.if_else(builder.icmp_signed("!=", stream, ir.Constant(_I64, 0))) as (past, through):
+        with past:
+            hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+            for value, place in zip(values, places):
+                _aligned(builder.store(value, place), nbytes).set_metadata("nontemporal", hint)
+        with through:
+            for value, place in zip(values, places):
+                _aligned(builder.store(value, place), itemsize)
 
 
 def _if(builder, condition, values, change):
