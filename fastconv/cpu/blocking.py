@@ -34,6 +34,9 @@ ALIAS_BYTES = 4096
 MOST_PIXELS = 4096
 # Cycles to copy one element into a strip, in units of one multiply-add of vectors.
 COPY_COST = 0.15
+# Steps of a folded phase's runs, below which changing the columns costs too much; vectors of its columns at most;
+# cost, relative to a phase that is not, above which it does not pay for scattering the results.
+SHORTEST_RUN, MOST_COLUMNS, FOLDED_GAIN = 8, 4, 0.8
 # Steps that a tile's start and end take as long as.
 TILE_OVERHEAD = 12
 
@@ -47,6 +50,10 @@ class Phase(NamedTuple):
     in_step: tuple[int, int, int]
     # Per dimension, (tap, delta) in the order of delta.
     taps: tuple[tuple[tuple[int, int], ...], ...]
+    # Pixels that are computed side by side as columns, per dimension; one unless folded.
+    fold: tuple[int, int, int] = (1, 1, 1)
+    # If folded, the tap of the kernel that each tap of the phase is for each of those pixels, -1 for none.
+    members: np.ndarray | None = None
 
 
 class Images(NamedTuple):
@@ -90,8 +97,9 @@ class Plan(NamedTuple):
     target: Images
     strip: Strip
     cut: Cut
-    # Products per result: rows of a packed panel.
+    # Products per result: rows of a packed panel. Columns of all panels of a group.
     depth: int
+    columns: int
     # Source depth of each plane of the strip, relative to i*in_step.
     depths: np.ndarray
     # Byte offsets of each run of taps, from its pixel and in the panel; (first run, runs, steps) of each chain of runs.
@@ -108,6 +116,8 @@ class Plan(NamedTuple):
     even: np.ndarray
     # Where each row of a panel goes, in the weight's own order.
     panel: np.ndarray
+    # If folded, the columns that take part in each run: a bit for each, (panels, runs).
+    masks: np.ndarray
 
     @property
     def images(self) -> tuple[int, int]:
@@ -118,6 +128,11 @@ class Plan(NamedTuple):
     def rest(self) -> int:
         """Images of the last job."""
         return (self.source.batch - 1) % self.cut.images + 1
+
+    @property
+    def panels(self) -> int:
+        """Panels of one group."""
+        return -(-self.columns // self.tile.width)
 
     @property
     def parts(self) -> int:
@@ -177,14 +192,17 @@ def plans(g, direction, threads):
     C, K = g.in_channels // g.groups, g.out_channels // g.groups
     source, target, inner, outer = (y, x, K, C) if direction == "input_grad" else (x, y, C, K)
     found: list[tuple[Phase, Plan | None]] = []
-    for phase in phases(g, direction):
+    for phase in phases(g, direction, inner, outer):
         plan = _plan(g, direction, threads, phase, source, target, inner, outer) if all(phase.taps) else None
         found.append((phase, plan))
     return tuple(found)
 
 
-def phases(g, direction):
+def phases(g, direction, inner, outer):
     """Return the phases of a direction; the weight gradient has that of forward."""
+    fold = (1, 1, 1) if direction == "weight_grad" else _best_fold(g, direction, inner, outer)
+    if fold != (1, 1, 1):
+        return (_folded(g, direction, fold),)
     if direction != "input_grad":
         taps = tuple(
             tuple((t, t * d - b) for t in range(k)) for k, d, (b, _) in zip(g.kernel_size, g.dilation, g.padding)
@@ -205,6 +223,61 @@ def phases(g, direction):
     return tuple(found)
 
 
+def _best_fold(g, direction, inner, outer):
+    """Return the pixels to compute side by side so that few channels fill the vectors: (1, 1, 1) for none.
+
+    Each run of a folded phase is one tap, and some of its columns have no such tap.
+    """
+    lanes = tile_for(g.dtype.itemsize).lanes
+    if inner < SHORTEST_RUN or 2 * outer > lanes:
+        return 1, 1, 1
+    base = g.stride if direction == "input_grad" else (1, 1, 1)
+
+    def cost(fold):
+        taps = prod(len(_offsets(g, direction, dim, fold[dim])) for dim in range(3))
+        return -(-prod(fold) * outer // lanes) * taps / prod(fold)
+
+    folds = [(base[0], base[1] * down, base[2] * across) for down in range(1, 5) for across in range(1, 9)]
+    folds = [fold for fold in folds if prod(fold) * outer <= MOST_COLUMNS * lanes]
+    best = min(folds, key=cost, default=(1, 1, 1))
+    return best if folds and cost(best) < FOLDED_GAIN * prod(g.kernel_size) / prod(base) else (1, 1, 1)
+
+
+def _offsets(g, direction, dim, fold):
+    """Return {delta: taps for each of `fold` pixels, -1 for none} along one dimension."""
+    stride, dilation, before = g.stride[dim], g.dilation[dim], g.padding[dim][0]
+    found: dict[int, list[int]] = {}
+    for pixel, tap in product(range(fold), range(g.kernel_size[dim])):
+        if direction == "input_grad":
+            delta, rest = divmod(pixel + before - tap * dilation, stride)
+        else:
+            delta, rest = pixel * stride + tap * dilation - before, 0
+        if rest == 0:
+            found.setdefault(delta, [-1] * fold)[pixel] = tap
+    return dict(sorted(found.items()))
+
+
+def _folded(g, direction, fold):
+    """Return the one phase of a direction with `fold` pixels as columns."""
+    offsets = [_offsets(g, direction, dim, fold[dim]) for dim in range(3)]
+    (_, R, S), extent = g.kernel_size, g.input_size if direction == "input_grad" else g.output_size
+    d, h, w = (np.array(list(along.values()), np.int64) for along in offsets)
+    d, h, w = d[:, None, None, :, None, None], h[None, :, None, None, :, None], w[None, None, :, None, None, :]
+    members = np.where((d >= 0) & (h >= 0) & (w >= 0), (d * R + h) * S + w, -1).reshape(-1, prod(fold))
+    in_step = tuple(n // s if direction == "input_grad" else n * s for n, s in zip(fold, g.stride))
+    size = tuple(-(-n // f) for n, f in zip(extent, fold))
+    taps = tuple(tuple(enumerate(along)) for along in offsets)
+    return Phase((0, 0, 0), size, fold, in_step, taps, fold, members)
+
+
+def _masks(phase, tile, outer, inner, offsets, panel_row):
+    """Return the columns that take part in each run, as the bits of one number for each panel."""
+    there = np.repeat(phase.members >= 0, outer, axis=1)
+    there = np.pad(there, ((0, 0), (0, -there.shape[1] % tile.width))).reshape(len(there), -1, tile.width)
+    bits = there @ (1 << np.arange(tile.width, dtype=np.int64))
+    return np.ascontiguousarray(bits[offsets[:, 1] // panel_row // inner].T)
+
+
 def _images(batch, channels, extent, groups, data_format, size):
     D, H, W = extent
     if data_format == "channels_first":
@@ -224,61 +297,25 @@ def _images(batch, channels, extent, groups, data_format, size):
 def _plan(g, direction, threads, phase, source, target, inner, outer):
     size = g.dtype.itemsize
     tile = tile_for(size)
-    order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
-    panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
-    phase, source, target = _flattened(*_thinned(phase, source, size), target)
-    strip = _strip(phase, source, inner, size, direction)
-    depth = inner * len(order)
-    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer))
-    plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
-    plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
-    kinds = _Kinds(plan, inner, size)
-    kind = np.array([[kinds.of(images, part) for part in range(plan.parts)] for images in (cut.images, plan.rest)])
-    windows, _, _ = _pixels(plan, cut)
-    each = phase.size[2] * (cut.rows if plan.joined else 1)
-    starts = windows[::each]
-    return plan._replace(
-        offsets=np.array(kinds.runs, np.int64),
-        chains=np.array(kinds.chains, np.int64),
-        products=_filled(_products(plan, inner, size), tile.rows),
-        kinds=np.concatenate(kinds.tables),
-        kind=kind * 8,
-        starts=np.stack([starts, np.arange(len(starts)) * each * plan.panel_row], axis=1).astype(np.int64),
-        even=np.arange(tile.rows, dtype=np.int64) * plan.panel_row,
-    )
-
-
-def _images(batch, channels, extent, groups, data_format, size):
-    D, H, W = extent
-    if data_format == "channels_first":
-        column = size
-        channel = D * H * W * size
-        image = channels * channel
+    if phase.members is None:
+        order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
+        panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
+        phase, source, target = _flattened(*_thinned(phase, source, size), target)
     else:
-        channel = size
-        column = channels * size
-        image = D * H * W * column
-    group = channels // groups * channel
-    # A single channel lies in any order.
-    channel = size if channels == groups else channel
-    return Images(batch, extent, (image, channel, H * W * column, W * column, column), group)
-
-
-def _plan(g, direction, threads, phase, source, target, inner, outer):
-    size = g.dtype.itemsize
-    tile = tile_for(size)
-    order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
-    panel = pack_table(inner, prod(g.kernel_size), order, tile.width, size, direction == "input_grad")
-    phase, source, target = _flattened(*_thinned(phase, source, size), target)
+        panel = np.ascontiguousarray(phase.members)
     strip = _strip(phase, source, inner, size, direction)
-    depth = inner * len(order)
-    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, outer))
-    plan = Plan(size, phase, tile, source, target, strip, cut, depth, *[np.empty(0, np.int64)] * 8, panel)
+    depth, columns = inner * prod(map(len, phase.taps)), outer * prod(phase.fold)
+    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, columns))
+    nothing = np.empty(0, np.int64)
+    plan = Plan(size, phase, tile, source, target, strip, cut, depth, columns, *[nothing] * 8, panel, nothing)
     plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
     kinds = _Kinds(plan, inner)
     kind = np.array([[kinds.of(images, part) for part in range(plan.parts)] for images in (cut.images, plan.rest)])
+    offsets = np.array(kinds.runs, np.int64)
+    if phase.members is not None:
+        plan = plan._replace(masks=_masks(phase, tile, outer, inner, offsets, plan.panel_row))
     return plan._replace(
-        offsets=np.array(kinds.runs, np.int64),
+        offsets=offsets,
         chains=np.array(kinds.chains, np.int64),
         products=_filled(_products(plan, inner), tile.rows),
         kinds=np.concatenate(kinds.tables),
@@ -306,7 +343,7 @@ def _flattened(phase, source, target):
     if not whole or not all(len(taps) == 1 and taps[0][1] == 0 for taps in phase.taps):
         return phase, source, target
     count, batch = prod(phase.size), source.batch
-    if any(_pieces(images) != 1 for images in (source, target)):
+    if not (_even(source) and _even(target)):
         return phase, source, target
     if all(images.strides[0] == count * images.strides[4] for images in (source, target)):
         count, batch = count * batch, 1
@@ -318,10 +355,10 @@ def _flattened(phase, source, target):
     return phase, source, target
 
 
-def _pieces(images):
-    """Return 1 if the pixels of an image are evenly spaced."""
+def _even(images):
+    """Whether the pixels of an image are evenly spaced."""
     _, H, W = images.extent
-    return 1 if images.strides[3] == W * images.strides[4] and images.strides[2] == H * images.strides[3] else 0
+    return images.strides[3] == W * images.strides[4] and images.strides[2] == H * images.strides[3]
 
 
 def _strip(phase, source, channels, size, direction):
@@ -493,7 +530,7 @@ class _Kinds:
         _, R, S = self.taps.shape
         columns = [delta for _, delta in self.plan.phase.taps[2]][s0:s1]
         joined = columns[-1] - columns[0] + 1 == len(columns)
-        joined = joined and self.plan.strip.pixel == self.channels * self.size
+        joined = joined and self.plan.strip.pixel == self.channels * self.size and self.plan.phase.members is None
         runs = [
             (int(plane[r, s]), ((number * R + r) * S + s) * self.channels)
             for number, plane in enumerate(self.taps)

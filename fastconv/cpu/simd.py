@@ -316,24 +316,26 @@ def multiply_tile(
 
 @intrinsic(prefer_literal=True)
 def multiply_rows(
-    typing_context, rows, columns, lanes, itemsize,
-    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream,
+    typing_context, rows, columns, lanes, itemsize, masked,
+    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks,
 ):  # fmt: skip
     """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
 
     `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
     begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
-    none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by.
+    none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by. If
+    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`.
     """
     shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
-    signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 14)
+    signature = types.void(rows, columns, lanes, itemsize, masked, *[types.int64] * 15)
+    has_masks = bool(masked.literal_value)
 
     def generate(context, builder, signature, args):
-        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream = args[4:]
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[5:]
         tile = Tile(*shape[:3])
         sums = _generate_tile(
             builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
-            pairs=True,
+            pairs=True, masks=masks if has_masks else None,
         )  # fmt: skip
         _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code, stream)
         return context.get_dummy_value()
@@ -355,7 +357,9 @@ def _table(builder, place, count):
     return [builder.load(builder.gep(pointer, [ir.Constant(_I64, i)])) for i in range(count)]
 
 
-def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False):
+def _generate_tile(
+    builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False, masks=None
+):
     """Return the sums of a tile: vectors, row by row. With `pairs` each run has its own place in `b` too."""
     scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
     vector = ir.VectorType(scalar, tile.lanes)
@@ -380,6 +384,7 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
         b_first = builder.gep(b_start, [builder.load(builder.gep(place, [ir.Constant(_I64, 1)]))])
     else:
         a_run, b_first = builder.gep(a_start, [builder.load(builder.gep(table, [run]))]), b_run
+    inside = [] if masks is None else _masks_of(builder, tile, masks, run)
     builder.branch(step_block)
 
     builder.position_at_end(step_block)
@@ -391,7 +396,9 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
     for i in range(tile.rows):
         value = _broadcast(builder, builder.gep(a_now, [row_offsets[i]]), scalar, tile.lanes)
         for j in range(tile.columns):
-            fresh.append(builder.call(fma, [value, weights[j], sums[i * tile.columns + j]]))
+            before = sums[i * tile.columns + j]
+            after = builder.call(fma, [value, weights[j], before])
+            fresh.append(builder.select(inside[j], after, before) if inside else after)
     step_next = builder.add(step, ir.Constant(_I64, 1))
     a_next, b_next = builder.gep(a_now, [a_step]), builder.gep(b_now, [b_step])
     builder.cbranch(builder.icmp_signed("<", step_next, steps), step_block, run_end)
@@ -417,6 +424,16 @@ def _generate_tile(builder, tile, itemsize, a, row_offsets, a_step, offsets, run
 
     builder.position_at_end(done)
     return fresh
+
+
+def _masks_of(builder, tile, masks, run):
+    """Return the mask of each vector of columns, from the bits of the run's number."""
+    bits = builder.load(builder.gep(builder.inttoptr(masks, _I64.as_pointer()), [run]))
+    lane_bits, lanes = ir.IntType(tile.lanes), ir.VectorType(ir.IntType(1), tile.lanes)
+    return [
+        builder.bitcast(builder.trunc(builder.lshr(bits, ir.Constant(_I64, j * tile.lanes)), lane_bits), lanes)
+        for j in range(tile.columns)
+    ]
 
 
 def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, code=None, stream=None):
