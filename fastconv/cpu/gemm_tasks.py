@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .blocking import CHAIN, LINE
 from .compile import Task, device, share, task
-from .simd import fence, fetch, integer, integers, load, multiply_rows, store, zero_bytes
+from .simd import copy_part, fence, fetch, integer, integers, load, multiply_rows, store, zero_bytes
 from .strips import strips
 
 # Jobs whose float32 sums are added up in float32.
@@ -192,20 +192,25 @@ def _gather(tile, itemsize, folded):
     def _spread(block, target, to, extent, corner, counts, fold, T, first, used):
         """Write a block whose columns are pixels and channels (fold, T), as far as they are in the image."""
         held, lines, Q = counts
-        for column in range(first, first + used):
-            pixel, source = column // T, block + (column - first) * SIZE
+        column = first
+        while column < first + used:
+            pixel, c = column // T, column % T
+            # Channels of one pixel, side by side or not.
+            length = min(T - c, first + used - column)
             d, h, w = pixel // (fold[1] * fold[2]), pixel // fold[2] % fold[1], pixel % fold[2]
-            count = (extent[2] - w + fold[2] - 1) // fold[2]
-            if corner[0] + d >= extent[0]:
-                continue
-            at = target + column % T * to[1] + (corner[0] + d) * to[2] + w * to[4]
-            for i in range(held):
-                for p in range(lines):
-                    row = corner[1] + p * fold[1] + h
-                    if row < extent[1]:
-                        place, start = at + i * to[0] + row * to[3], source + (i * lines + p) * Q * PIXEL
-                        for q in range(count):
-                            store(SIZE, place + q * fold[2] * to[4], load(SIZE, start + q * PIXEL))
+            at, start = target + c * to[1] + (corner[0] + d) * to[2] + w * to[4], block + (column - first) * SIZE
+            for line in range(held * lines if corner[0] + d < extent[0] else 0):
+                row = corner[1] + line % lines * fold[1] + h
+                place, there = at + line // lines * to[0] + row * to[3], start + line * Q * PIXEL
+                if row < extent[1]:
+                    for q in range((extent[2] - w + fold[2] - 1) // fold[2]):
+                        if to[1] == SIZE:
+                            copy_part(LANES, SIZE, place + q * fold[2] * to[4], there + q * PIXEL, length)
+                        else:
+                            for i in range(length):
+                                value = load(SIZE, there + q * PIXEL + i * SIZE)
+                                store(SIZE, place + q * fold[2] * to[4] + i * to[1], value)
+            column += length
 
     return gather
 

@@ -169,6 +169,22 @@ def copy_bytes(typing_context, target, source, count):
     return types.void(types.int64, types.int64, types.int64), generate
 
 
+@intrinsic(prefer_literal=True)
+def copy_part(typing_context, lanes, itemsize, target, source, count):
+    """Copy up to `lanes` elements as one vector, where memcpy's call would take longer."""
+    shape = lanes.literal_value, itemsize.literal_value
+
+    def generate(context, builder, signature, args):
+        target, source, count = args[2:]
+        kind = _vector(*shape)
+        inside = _lanes_below(builder, count, shape[0])
+        pointers = [builder.bitcast(builder.inttoptr(a, _I8P), kind.as_pointer()) for a in (target, source)]
+        _masked_store(builder, _masked_load(builder, pointers[1], inside, *shape), pointers[0], inside, *shape)
+        return context.get_dummy_value()
+
+    return types.void(lanes, itemsize, *[types.int64] * 3), generate
+
+
 @intrinsic
 def zero_bytes(typing_context, target, count):
     """Set `count` bytes at an address to zero."""
@@ -235,17 +251,13 @@ def _transpose(builder, lanes, itemsize, source, source_row, target, target_row,
             builder.store(vector, pointer).align = itemsize
         else:
             inside = builder.and_(mask, _splat(builder, builder.icmp_signed(">", columns, ir.Constant(_I64, j)), lanes))
-            signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
-            name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
-            function = cgutils.get_or_insert_function(builder.module, signature, name)
-            builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
+            _masked_store(builder, vector, pointer, inside, lanes, itemsize)
         place = builder.gep(place, [target_row])
 
 
 def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
     """Return the columns of a block as vectors, zeros from `rows` and `columns` on, and the mask of `rows`."""
-    scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
-    kind = ir.VectorType(scalar, lanes)
+    kind = _vector(lanes, itemsize)
     place = builder.inttoptr(source, _I8P)
     across = None if columns is None else _lanes_below(builder, columns, lanes)
     vectors = []
@@ -256,11 +268,7 @@ def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
             vectors[-1].align = itemsize
         else:
             inside = builder.and_(across, _splat(builder, builder.icmp_signed(">", rows, ir.Constant(_I64, i)), lanes))
-            signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
-            name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
-            function = cgutils.get_or_insert_function(builder.module, signature, name)
-            nothing = ir.Constant(kind, [0.0] * lanes)
-            vectors.append(builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, nothing]))
+            vectors.append(_masked_load(builder, pointer, inside, lanes, itemsize))
         place = builder.gep(place, [source_row])
     # One bit of the row number changes places with the same bit of the column number at a time.
     distance = lanes // 2
@@ -274,6 +282,26 @@ def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
                 vectors[i + distance] = _shuffle(builder, *pair, high)
         distance //= 2
     return vectors, None if rows is None else _lanes_below(builder, rows, lanes)
+
+
+def _vector(lanes, itemsize):
+    return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
+
+
+def _masked_load(builder, pointer, inside, lanes, itemsize):
+    """Return a vector, zero where the mask is not set: nothing is read there."""
+    kind = _vector(lanes, itemsize)
+    signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
+    name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, ir.Constant(kind, [0.0] * lanes)])
+
+
+def _masked_store(builder, vector, pointer, inside, lanes, itemsize):
+    signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
+    name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
 
 
 def _shuffle(builder, a, b, order):

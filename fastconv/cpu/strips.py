@@ -16,7 +16,7 @@ import numpy as np
 
 from .compile import device
 from .epilogue import activate
-from .simd import copy_bytes, integer, load, scatter_transposed, store, transpose_block, zero_bytes
+from .simd import copy_bytes, copy_part, integer, load, scatter_transposed, store, transpose_block, zero_bytes
 
 
 class Strips(NamedTuple):
@@ -67,10 +67,14 @@ def strips(tile, itemsize):
         """Copy `count` pixels of C channels from any layout to pixels that lie `pixel` bytes apart."""
         if channel == SIZE or C == 1:
             # Pixels that lie side by side are one stretch of memory.
-            joined = step == C * SIZE and pixel == C * SIZE
-            stretches, length = (1, count * C * SIZE) if joined else (count, C * SIZE)
-            for q in range(stretches):
-                copy_bytes(target + q * pixel, source + q * step, length)
+            if step == C * SIZE and pixel == C * SIZE:
+                copy_bytes(target, source, count * C * SIZE)
+            elif C <= LANES:
+                for q in range(count):
+                    copy_part(LANES, SIZE, target + q * pixel, source + q * step, C)
+            else:
+                for q in range(count):
+                    copy_bytes(target + q * pixel, source + q * step, C * SIZE)
         elif step == SIZE and C >= 4:
             for q in range(0, count, LANES):
                 for c in range(0, C, LANES):
@@ -134,7 +138,8 @@ def strips(tile, itemsize):
                     copy_bytes(target + q * step, block + q * PIXEL, PIXEL)
             else:
                 for q in range(count):
-                    copy_bytes(target + q * step, block + q * PIXEL, used * SIZE)
+                    for k in range(0, used, LANES):
+                        copy_part(LANES, SIZE, target + q * step + k * SIZE, block + q * PIXEL + k * SIZE, used - k)
         elif step == SIZE and used >= 4:
             for k in range(0, used, LANES):
                 for q in range(0, count, LANES):
