@@ -69,6 +69,9 @@ def strips(tile, itemsize):
             # Pixels that lie side by side are one stretch of memory.
             if step == C * SIZE and pixel == C * SIZE:
                 copy_bytes(target, source, count * C * SIZE)
+            elif C == WIDTH:
+                for q in range(count):
+                    copy_bytes(target + q * pixel, source + q * step, PIXEL)
             elif C <= LANES:
                 for q in range(count):
                     copy_part(LANES, SIZE, target + q * pixel, source + q * step, C)
