@@ -97,6 +97,8 @@ class Plan(NamedTuple):
     target: Images
     strip: Strip
     cut: Cut
+    # Multiply-adds of a panel's width that the busiest thread does, copying included.
+    cost: float
     # Products per result: rows of a packed panel. Columns of all panels of a group.
     depth: int
     columns: int
@@ -307,9 +309,9 @@ def _plan(g, direction, threads, phase, source, target, inner, outer):
     depth, columns = inner * prod(map(len, phase.taps)), outer * prod(phase.fold)
     if direction == "weight_grad":
         tile = _tile_for_products(tile, depth)
-    cut = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, columns))
+    cut, cost = _cut(phase, source, strip, g.groups, direction, threads, tile, (inner, depth, columns))
     nothing = np.empty(0, np.int64)
-    plan = Plan(size, phase, tile, source, target, strip, cut, depth, columns, *[nothing] * 8, panel, nothing)
+    plan = Plan(size, phase, tile, source, target, strip, cut, cost, depth, columns, *[nothing] * 8, panel, nothing)
     plan = plan._replace(depths=np.array([delta for _, delta in phase.taps[0]], np.int64))
     kinds = _Kinds(plan, inner)
     kind = np.array([[kinds.of(images, part) for part in range(plan.parts)] for images in (cut.images, plan.rest)])
@@ -392,7 +394,7 @@ def _strip(phase, source, channels, size, direction):
 
 
 def _cut(phase, source, strip, groups, direction, threads, tile, sizes):
-    """Choose the jobs that take the busiest thread least time."""
+    """Return the jobs that take the busiest thread least time, and how long."""
     (O, P, Q), planes, (inner, depth, outer) = phase.size, len(phase.taps[0]), sizes
     panels = -(-outer // tile.width) if outer > tile.lanes else 0.5
     half = max(tile.rows // 2, 1)
@@ -432,7 +434,8 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes):
         choices += [Cut(1, min(-(-cut.rows // half) * half, P)) for cut in choices if cut.rows > half]
     if O == 1:
         choices += [Cut(images, max(P, 1)) for images in range(2, source.batch + 1) if fits(images, P)]
-    return min(choices, key=busiest)
+    best = min(choices, key=busiest)
+    return best, busiest(best)
 
 
 def _fraction_met(phase, source, tile, images):

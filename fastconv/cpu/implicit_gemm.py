@@ -23,11 +23,15 @@ from . import threads
 from .blocking import LINE, plans
 from .epilogue import CODES
 from .gemm_tasks import JOBS_PER_SUM, tasks
+from .machine import constants
 from .memory import address
-from .simd import tile_for
 
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
+# Seconds of a call beside its loops; what of the tile's peak remains on real data.
+CALL_SECONDS, TILE_SHARE = 60e-6, 0.97
+# Elements of a weight that are packed before a second thread has woken.
+SERIAL_WEIGHT = 16 * 1024
 # Bytes of output beyond which it is not kept in the caches: a quarter of a third-level cache.
 STREAMED = 8 * 1024 * 1024
 
@@ -40,17 +44,16 @@ def supports(geometry, direction):
 
 
 def seconds(geometry, direction, threads_):
-    """Predicted time: the tile's rate, less what its edges waste, and the traffic of packing."""
-    g = geometry
-    tile = tile_for(g.dtype.itemsize)
-    C, K = g.in_channels // g.groups, g.out_channels // g.groups
-    columns = C if direction == "input_grad" else K
-    used = columns / (-(-columns // tile.width) * tile.width)
-    traffic = g.bytes
-    if direction == "weight_grad":
-        used *= min(1.0, C * g.kernel_size[2] / tile.rows)
-    rate = 90e9 * threads_ * (4 / g.dtype.itemsize) * max(used, 0.02)
-    return 50e-6 + g.flops / rate + traffic / (8e9 * threads_)
+    """Predicted time: what the tiles of the busiest thread take, or moving the arrays; the shorter partly hides."""
+    g, machine = geometry, constants()
+    if g.batch == 0:
+        return CALL_SECONDS
+    found = [plan for _, plan in plans(g, direction, min(threads_, _chunks(g))) if plan]
+    rate = machine.flops * TILE_SHARE * 4 / g.dtype.itemsize / 2
+    multiplying = sum(plan.cost * plan.tile.width for plan in found) / rate
+    moving = g.bytes / machine.bandwidth
+    hidden = 0.4 if direction == "weight_grad" else 0.8
+    return CALL_SECONDS + max(multiplying, moving) + (1 - hidden) * min(multiplying, moving)
 
 
 def _chunks(g):
@@ -144,7 +147,8 @@ def _pack(g, direction, weight, workspace):
             run, folded = tasks(plan.tile, g.dtype.itemsize), plan.phase.members is not None
             taps = plan.depth // inner if folded or direction == "forward" else prod(g.kernel_size)
             (run.pack_folded if folded else run.pack)(
-                _chunks(g), packed, address(weight), *weight.strides[:2], g.groups, inner, targets, taps, plan.depth,
+                1 if weight.size < SERIAL_WEIGHT else _chunks(g), packed, address(weight),
+                *weight.strides[:2], g.groups, inner, targets, taps, plan.depth,
                 address(plan.panel), direction == "input_grad", prod(plan.phase.fold),
             )  # fmt: skip
 
@@ -213,4 +217,5 @@ def weight_grad(geometry, grad_output, x, out, workspace):
         count, address(x), address(grad_output), *_numbers(plan, g.groups, C), *where, address(plan.products),
         address(plan.starts), plan.joined, address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
     )  # fmt: skip
-    run.unpack(count, address(out), *out.strides[:2], g.groups, C, K, plan.depth // C, *where)
+    serial = split.copies * out.size < SERIAL_WEIGHT
+    run.unpack(1 if serial else count, address(out), *out.strides[:2], g.groups, C, K, plan.depth // C, *where)
