@@ -6,6 +6,7 @@ only where that library is imported already. To add a library, write one class l
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -181,10 +182,18 @@ def _bfloat16() -> np.dtype:
 
 def empty(dimensions: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return a fresh C-contiguous array; with the option `poison`, full of NaN (of a large number for integers)."""
-    array = np.empty(dimensions, dtype)
+    array = _aligned(dimensions, np.dtype(dtype)) if math.prod(dimensions) >= 1 << 18 else np.empty(dimensions, dtype)
     if config.get("poison"):
         array.fill(np.iinfo(array.dtype).max // 3 if array.dtype.kind in "iu" else np.nan)
     return array
+
+
+def _aligned(dimensions: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return fresh memory that begins a cache line, as no large array of NumPy's does."""
+    nbytes = math.prod(dimensions) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.__array_interface__["data"][0] % 64
+    return memory[start : start + nbytes].view(dtype).reshape(dimensions)
 
 
 def memory_format(array: np.ndarray, channel_axis_first: bool) -> str | None:

@@ -18,7 +18,7 @@ SIZES = {4: np.float32, 8: np.float64}
 def tasks(itemsize):
     tile = tile_for(itemsize)
     LANES, SIZE = tile.lanes, itemsize
-    fill_, copy_, finish_, emit_, pack_ = strips(tile, itemsize)
+    _, copy_, _, emit_, pack_, unpack_ = strips(tile, itemsize)
 
     @task
     def transpose(arguments, chunk):
@@ -27,8 +27,8 @@ def tasks(itemsize):
 
     @task
     def copy(arguments, chunk):
-        _, target, source, count, C, channel, step = integers(arguments, 0, 7)
-        copy_(target, source, count, C, channel, step)
+        _, target, pixel, source, count, C, channel, step = integers(arguments, 0, 8)
+        copy_(target, pixel, source, count, C, channel, step)
 
     @task
     def emit(arguments, chunk):
@@ -41,7 +41,12 @@ def tasks(itemsize):
         table, transposed = integers(arguments, 8, 2)
         pack_(panel, weight, filter_, channel, inner, taps, used, table, transposed)
 
-    return tile, SimpleNamespace(transpose=transpose, copy=copy, emit=emit, pack=pack)
+    @task
+    def unpack(arguments, chunk):
+        _, panel, weight, filter_, channel, C, taps, used = integers(arguments, 0, 8)
+        unpack_(panel, weight, filter_, channel, C, taps, used)
+
+    return tile, SimpleNamespace(transpose=transpose, copy=copy, emit=emit, pack=pack, unpack=unpack)
 
 
 every_size = pytest.mark.parametrize("itemsize", SIZES)
@@ -73,7 +78,7 @@ def test_pixels_with_channels_first_become_channels_last(itemsize, channels, ste
     _, run = tasks(itemsize)
     source = numbers(itemsize, channels, 37 * step)
     target = np.full((38, channels), -1, source.dtype)
-    run.copy(1, address(target), address(source), 37, channels, source.strides[0], step * itemsize)
+    run.copy(1, address(target), target.strides[0], address(source), 37, channels, source.strides[0], step * itemsize)
     np.testing.assert_array_equal(target[:37], source[:, ::step].T)
     assert (target[37] == -1).all()
 
@@ -110,3 +115,15 @@ def test_a_panel_holds_the_taps_asked_for_in_their_order(itemsize, transposed, t
     expected = weight[:, :, order].transpose((2, 0, 1) if transposed else (2, 1, 0))
     np.testing.assert_array_equal(panel[..., :used], expected)
     assert (panel[..., used:] == 0).all()
+
+
+@every_size
+@pytest.mark.parametrize("taps", [1, 6, 49])
+def test_a_panel_of_a_gradient_goes_back_to_its_place(itemsize, taps):
+    tile, run = tasks(itemsize)
+    panel = numbers(itemsize, taps, 7, tile.width)
+    for used in (1, tile.lanes + 1, tile.width):
+        weight = np.full((used + 1, 7, taps), -1, panel.dtype)
+        run.unpack(1, address(panel), address(weight), *weight.strides[:2], 7, taps, used)
+        np.testing.assert_array_equal(weight[:used], panel[..., :used].transpose(2, 1, 0))
+        assert (weight[used] == -1).all()

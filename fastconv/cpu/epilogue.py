@@ -11,9 +11,10 @@ import numpy as np
 from numba import prange
 
 from .compile import device, kernel
+from .simd import LEAKY_SLOPE
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
-LEAKY_SLOPE = 0.01
+
 
 # What the kernels compare with: 0 is "no activation".
 CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}

@@ -26,6 +26,9 @@ from . import toom_cook
 
 _I8P, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 
+# What leaky ReLU multiplies negative numbers by.
+LEAKY_SLOPE = 0.01
+
 # Bytes ahead of the panel that are fetched: measured on packed panels of 64 to 256 kB.
 PREFETCH = 512
 
@@ -133,6 +136,28 @@ def call(typing_context, function, arguments, chunk):
 
 
 @intrinsic
+def fetch(typing_context, place):
+    """Begin to load the cache line at an address, which may be anything, into the second-level cache."""
+
+    def generate(context, builder, signature, args):
+        _fetch(builder, builder.inttoptr(args[0], _I8P), level=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def fence(typing_context):
+    """Wait until all that was written is seen by all threads, streamed results too."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def copy_bytes(typing_context, target, source, count):
     """memcpy of `count` bytes between addresses."""
 
@@ -142,6 +167,22 @@ def copy_bytes(typing_context, target, source, count):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def copy_part(typing_context, lanes, itemsize, target, source, count):
+    """Copy up to `lanes` elements as one vector, where memcpy's call would take longer."""
+    shape = lanes.literal_value, itemsize.literal_value
+
+    def generate(context, builder, signature, args):
+        target, source, count = args[2:]
+        kind = _vector(*shape)
+        inside = _lanes_below(builder, count, shape[0])
+        pointers = [builder.bitcast(builder.inttoptr(a, _I8P), kind.as_pointer()) for a in (target, source)]
+        _masked_store(builder, _masked_load(builder, pointers[1], inside, *shape), pointers[0], inside, *shape)
+        return context.get_dummy_value()
+
+    return types.void(lanes, itemsize, *[types.int64] * 3), generate
 
 
 @intrinsic
@@ -210,17 +251,13 @@ def _transpose(builder, lanes, itemsize, source, source_row, target, target_row,
             builder.store(vector, pointer).align = itemsize
         else:
             inside = builder.and_(mask, _splat(builder, builder.icmp_signed(">", columns, ir.Constant(_I64, j)), lanes))
-            signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
-            name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
-            function = cgutils.get_or_insert_function(builder.module, signature, name)
-            builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
+            _masked_store(builder, vector, pointer, inside, lanes, itemsize)
         place = builder.gep(place, [target_row])
 
 
 def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
     """Return the columns of a block as vectors, zeros from `rows` and `columns` on, and the mask of `rows`."""
-    scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
-    kind = ir.VectorType(scalar, lanes)
+    kind = _vector(lanes, itemsize)
     place = builder.inttoptr(source, _I8P)
     across = None if columns is None else _lanes_below(builder, columns, lanes)
     vectors = []
@@ -231,11 +268,7 @@ def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
             vectors[-1].align = itemsize
         else:
             inside = builder.and_(across, _splat(builder, builder.icmp_signed(">", rows, ir.Constant(_I64, i)), lanes))
-            signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
-            name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
-            function = cgutils.get_or_insert_function(builder.module, signature, name)
-            nothing = ir.Constant(kind, [0.0] * lanes)
-            vectors.append(builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, nothing]))
+            vectors.append(_masked_load(builder, pointer, inside, lanes, itemsize))
         place = builder.gep(place, [source_row])
     # One bit of the row number changes places with the same bit of the column number at a time.
     distance = lanes // 2
@@ -249,6 +282,26 @@ def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
                 vectors[i + distance] = _shuffle(builder, *pair, high)
         distance //= 2
     return vectors, None if rows is None else _lanes_below(builder, rows, lanes)
+
+
+def _vector(lanes, itemsize):
+    return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
+
+
+def _masked_load(builder, pointer, inside, lanes, itemsize):
+    """Return a vector, zero where the mask is not set: nothing is read there."""
+    kind = _vector(lanes, itemsize)
+    signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
+    name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, ir.Constant(kind, [0.0] * lanes)])
+
+
+def _masked_store(builder, vector, pointer, inside, lanes, itemsize):
+    signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
+    name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
 
 
 def _shuffle(builder, a, b, order):
@@ -279,14 +332,63 @@ def multiply_tile(
     signature = types.void(rows, columns, lanes, itemsize, *[types.int64] * 11)
 
     def generate(context, builder, signature, args):
-        _generate_tile(builder, Tile(*shape[:3]), shape[3], args[4:])
+        a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add = args[4:]
+        tile = Tile(*shape[:3])
+        a_rows, out_rows = (_multiples(builder, step, tile.rows) for step in (a_row, out_row))
+        sums = _generate_tile(builder, tile, shape[3], a, a_rows, a_step, offsets, runs, steps, b, b_step)
+        _store_tile(builder, tile, shape[3], sums, out, out_rows, add)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _generate_tile(builder, tile, itemsize, args):
-    a, a_row, a_step, offsets, runs, steps, b, b_step, out, out_row, add = args
+@intrinsic(prefer_literal=True)
+def multiply_rows(
+    typing_context, rows, columns, lanes, itemsize, masked,
+    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks,
+):  # fmt: skip
+    """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
+
+    `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
+    begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
+    none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by. If
+    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`.
+    """
+    shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
+    signature = types.void(rows, columns, lanes, itemsize, masked, *[types.int64] * 15)
+    has_masks = bool(masked.literal_value)
+
+    def generate(context, builder, signature, args):
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[5:]
+        tile = Tile(*shape[:3])
+        sums = _generate_tile(
+            builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
+            pairs=True, masks=masks if has_masks else None,
+        )  # fmt: skip
+        _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code, stream)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _multiples(builder, step, count):
+    """Return 0, step, 2*step and so on."""
+    values = [ir.Constant(_I64, 0)]
+    for _ in range(1, count):
+        values.append(builder.add(values[-1], step))
+    return values
+
+
+def _table(builder, place, count):
+    """Return the first int64 numbers at an address."""
+    pointer = builder.inttoptr(place, _I64.as_pointer())
+    return [builder.load(builder.gep(pointer, [ir.Constant(_I64, i)])) for i in range(count)]
+
+
+def _generate_tile(
+    builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False, masks=None
+):
+    """Return the sums of a tile: vectors, row by row. With `pairs` each run has its own place in `b` too."""
     scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
     vector = ir.VectorType(scalar, tile.lanes)
     nbytes = tile.lanes * itemsize
@@ -298,16 +400,19 @@ def _generate_tile(builder, tile, itemsize, args):
     )
     a_start, b_start = builder.inttoptr(a, _I8P), builder.inttoptr(b, _I8P)
     table = builder.inttoptr(offsets, _I64.as_pointer())
-    row_offsets = [ir.Constant(_I64, 0)]
-    for _ in range(1, tile.rows):
-        row_offsets.append(builder.add(row_offsets[-1], a_row))
     zero = ir.Constant(vector, [0.0] * tile.lanes)
     builder.branch(run_block)
 
     builder.position_at_end(run_block)
     run, b_run = builder.phi(_I64), builder.phi(_I8P)
     held = [builder.phi(vector) for _ in range(count)]
-    a_run = builder.gep(a_start, [builder.load(builder.gep(table, [run]))])
+    if pairs:
+        place = builder.gep(table, [builder.shl(run, ir.Constant(_I64, 1))])
+        a_run = builder.gep(a_start, [builder.load(place)])
+        b_first = builder.gep(b_start, [builder.load(builder.gep(place, [ir.Constant(_I64, 1)]))])
+    else:
+        a_run, b_first = builder.gep(a_start, [builder.load(builder.gep(table, [run]))]), b_run
+    inside = [] if masks is None else _masks_of(builder, tile, masks, run)
     builder.branch(step_block)
 
     builder.position_at_end(step_block)
@@ -319,7 +424,9 @@ def _generate_tile(builder, tile, itemsize, args):
     for i in range(tile.rows):
         value = _broadcast(builder, builder.gep(a_now, [row_offsets[i]]), scalar, tile.lanes)
         for j in range(tile.columns):
-            fresh.append(builder.call(fma, [value, weights[j], sums[i * tile.columns + j]]))
+            before = sums[i * tile.columns + j]
+            after = builder.call(fma, [value, weights[j], before])
+            fresh.append(builder.select(inside[j], after, before) if inside else after)
     step_next = builder.add(step, ir.Constant(_I64, 1))
     a_next, b_next = builder.gep(a_now, [a_step]), builder.gep(b_now, [b_step])
     builder.cbranch(builder.icmp_signed("<", step_next, steps), step_block, run_end)
@@ -332,7 +439,11 @@ def _generate_tile(builder, tile, itemsize, args):
     ]:
         phi.add_incoming(first, entry)
         phi.add_incoming(later, run_end)
-    for phi, first, later in [(step, ir.Constant(_I64, 0), step_next), (a_now, a_run, a_next), (b_now, b_run, b_next)]:
+    for phi, first, later in [
+        (step, ir.Constant(_I64, 0), step_next),
+        (a_now, a_run, a_next),
+        (b_now, b_first, b_next),
+    ]:
         phi.add_incoming(first, run_block)
         phi.add_incoming(later, step_block)
     for i in range(count):
@@ -340,31 +451,85 @@ def _generate_tile(builder, tile, itemsize, args):
         sums[i].add_incoming(fresh[i], step_block)
 
     builder.position_at_end(done)
-    with builder.if_else(builder.icmp_signed("!=", add, ir.Constant(_I64, 0))) as (then, otherwise):
-        with then:
-            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=True)
-        with otherwise:
-            _store_tile(builder, tile, fresh, out, out_row, vector, itemsize, add=False)
+    return fresh
 
 
-def _store_tile(builder, tile, values, out, out_row, vector, itemsize, add):
-    target = builder.inttoptr(out, _I8P)
-    nbytes = tile.lanes * itemsize
-    for i in range(tile.rows):
-        for j in range(tile.columns):
-            value = values[i * tile.columns + j]
-            if add:
-                value = builder.fadd(value, _load(builder, target, j * nbytes, vector, itemsize))
-            place = builder.bitcast(builder.gep(target, [ir.Constant(_I64, j * nbytes)]), vector.as_pointer())
-            builder.store(value, place).align = itemsize
-        target = builder.gep(target, [out_row])
+def _masks_of(builder, tile, masks, run):
+    """Return the mask of each vector of columns, from the bits of the run's number."""
+    bits = builder.load(builder.gep(builder.inttoptr(masks, _I64.as_pointer()), [run]))
+    lane_bits, lanes = ir.IntType(tile.lanes), ir.VectorType(ir.IntType(1), tile.lanes)
+    return [
+        builder.bitcast(builder.trunc(builder.lshr(bits, ir.Constant(_I64, j * tile.lanes)), lane_bits), lanes)
+        for j in range(tile.columns)
+    ]
+
+
+def _store_tile(builder, tile, itemsize, values, out, out_rows, add, bias=None, code=None, stream=None):
+    """Store a tile, or add it to what is there; then bias and activation, if any."""
+    nbytes, base, vector = tile.lanes * itemsize, builder.inttoptr(out, _I8P), values[0].type
+    places = [
+        builder.bitcast(builder.gep(base, [builder.add(row, ir.Constant(_I64, j * nbytes))]), vector.as_pointer())
+        for row in out_rows
+        for j in range(tile.columns)
+    ]
+    values = _if(builder, add, values, lambda sums: [
+        builder.fadd(value, _aligned(builder.load(place), itemsize)) for value, place in zip(sums, places)
+    ])  # fmt: skip
+    if bias is not None:
+        values = _if(builder, bias, values, lambda sums: _add_bias(builder, tile, itemsize, sums, bias))
+        values = _if(builder, code, values, lambda sums: _rectify(builder, sums, code))
+    if stream is None:
+        stream = ir.Constant(_I64, 0)
+    with builder.if_else(builder.icmp_signed("!=", stream, ir.Constant(_I64, 0))) as (past, through):
+        with past:
+            hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+            for value, place in zip(values, places):
+                _aligned(builder.store(value, place), nbytes).set_metadata("nontemporal", hint)
+        with through:
+            for value, place in zip(values, places):
+                _aligned(builder.store(value, place), itemsize)
+
+
+def _if(builder, condition, values, change):
+    """Return change(values) where the condition is not zero."""
+    before = builder.block
+    with builder.if_then(builder.icmp_signed("!=", condition, ir.Constant(_I64, 0))):
+        changed, after = change(values), builder.block
+    merged = []
+    for old, new in zip(values, changed):
+        merged.append(builder.phi(old.type))
+        merged[-1].add_incoming(old, before)
+        merged[-1].add_incoming(new, after)
+    return merged
+
+
+def _add_bias(builder, tile, itemsize, values, bias):
+    place, nbytes = builder.inttoptr(bias, _I8P), tile.lanes * itemsize
+    vectors = [_load(builder, place, j * nbytes, values[0].type, itemsize) for j in range(tile.columns)]
+    return [builder.fadd(value, vectors[i % tile.columns]) for i, value in enumerate(values)]
+
+
+def _rectify(builder, values, code):
+    """Return ReLU (code 1) or leaky ReLU (code 2); the comparison is false for NaN, which passes through."""
+    vector = values[0].type
+    zero, slope = (ir.Constant(vector, [number] * vector.count) for number in (0.0, LEAKY_SLOPE))
+    relu = builder.icmp_signed("==", code, ir.Constant(_I64, 1))
+    return [
+        builder.select(
+            builder.fcmp_ordered("<", value, zero), builder.select(relu, zero, builder.fmul(value, slope)), value
+        )
+        for value in values
+    ]
+
+
+def _aligned(instruction, align):
+    instruction.align = align
+    return instruction
 
 
 def _load(builder, pointer, offset, vector, align):
     place = builder.bitcast(builder.gep(pointer, [ir.Constant(_I64, offset)]), vector.as_pointer())
-    value = builder.load(place)
-    value.align = align
-    return value
+    return _aligned(builder.load(place), align)
 
 
 def _broadcast(builder, pointer, scalar, lanes):

@@ -16,7 +16,7 @@ import numpy as np
 
 from .compile import device
 from .epilogue import activate
-from .simd import copy_bytes, integer, load, scatter_transposed, store, transpose_block, zero_bytes
+from .simd import copy_bytes, copy_part, integer, load, scatter_transposed, store, transpose_block, zero_bytes
 
 
 class Strips(NamedTuple):
@@ -27,6 +27,7 @@ class Strips(NamedTuple):
     finish: Callable[..., Any]
     emit: Callable[..., Any]
     pack: Callable[..., Any]
+    unpack: Callable[..., Any]
 
 
 def pack_table(channels, taps, order, width, itemsize, transposed):
@@ -62,59 +63,74 @@ def strips(tile, itemsize):
     PIXEL = WIDTH * SIZE
 
     @device
-    def copy_pixels(target, source, count, C, channel, step):
-        """Copy `count` pixels of C channels from any layout to channels last."""
+    def copy_pixels(target, pixel, source, count, C, channel, step):
+        """Copy `count` pixels of C channels from any layout to pixels that lie `pixel` bytes apart."""
         if channel == SIZE or C == 1:
             # Pixels that lie side by side are one stretch of memory.
-            stretches, length = (1, count * C * SIZE) if step == C * SIZE else (count, C * SIZE)
-            for q in range(stretches):
-                copy_bytes(target + q * length, source + q * step, length)
+            if step == C * SIZE and pixel == C * SIZE:
+                copy_bytes(target, source, count * C * SIZE)
+            elif C == WIDTH:
+                for q in range(count):
+                    copy_bytes(target + q * pixel, source + q * step, PIXEL)
+            elif C <= LANES:
+                for q in range(count):
+                    copy_part(LANES, SIZE, target + q * pixel, source + q * step, C)
+            else:
+                for q in range(count):
+                    copy_bytes(target + q * pixel, source + q * step, C * SIZE)
         elif step == SIZE and C >= 4:
             for q in range(0, count, LANES):
                 for c in range(0, C, LANES):
                     transpose_block(
                         LANES, SIZE, source + c * channel + q * SIZE, channel, C - c, count - q,
-                        target + (q * C + c) * SIZE, C * SIZE,
+                        target + q * pixel + c * SIZE, pixel,
                     )  # fmt: skip
         else:
             # A few pixels at a time, so that the lines they are written to stay in the cache for all channels.
             for start in range(0, count, LANES):
                 for c in range(C):
                     for q in range(start, min(start + LANES, count)):
-                        store(SIZE, target + (q * C + c) * SIZE, load(SIZE, source + c * channel + q * step))
+                        store(SIZE, target + q * pixel + c * SIZE, load(SIZE, source + c * channel + q * step))
 
     @device
-    def fill(strip, source, layout, extent, C, depths, corner, rows, pitch):
-        """Copy `rows` rows of each depth, from a corner that may lie outside: channels last, zeros for padding.
+    def fill(strip, pixel, source, layout, extent, C, depths, corner, rows, pitch):
+        """Copy `rows` rows of each depth, from a corner that may lie outside, zeros for padding.
 
-        `source` is the address of the image's first channel, `depths` the address and count of depths relative to
-        the corner's.
+        Rows are `pitch` pixels long, which lie `pixel` bytes apart. `source` is the address of the image's first
+        channel, `depths` the address and count of depths relative to the corner's.
         """
         (D, H, W), (d0, h0, w0) = extent, corner
         left = min(max(-w0, 0), pitch)
         right = max(min(W - w0, pitch), left)
-        pixel = C * SIZE
+        top = min(max(-h0, 0), rows)
+        bottom = max(min(H - h0, rows), top)
+        row = pitch * pixel
         for plane in range(depths[1]):
             d = d0 + integer(depths[0], plane)
-            for h in range(h0, h0 + rows):
-                if d < 0 or d >= D or h < 0 or h >= H:
-                    zero_bytes(strip, pitch * pixel)
+            start = source + d * layout[3] + (h0 + top) * layout[4] + (w0 + left) * layout[5]
+            if d < 0 or d >= D:
+                zero_bytes(strip, rows * row)
+            else:
+                zero_bytes(strip, top * row)
+                zero_bytes(strip + bottom * row, (rows - bottom) * row)
+                if right - left == pitch and layout[4] == pitch * layout[5]:
+                    # Whole rows of the image: one row.
+                    copy_pixels(strip + top * row, pixel, start, (bottom - top) * pitch, C, layout[2], layout[5])
                 else:
-                    zero_bytes(strip, left * pixel)
-                    zero_bytes(strip + right * pixel, (pitch - right) * pixel)
-                    row = source + d * layout[3] + h * layout[4] + (w0 + left) * layout[5]
-                    copy_pixels(strip + left * pixel, row, right - left, C, layout[2], layout[5])
-                strip += pitch * pixel
+                    for h in range(top, bottom):
+                        zero_bytes(strip + h * row, left * pixel)
+                        zero_bytes(strip + h * row + right * pixel, (pitch - right) * pixel)
+                        place = strip + h * row + left * pixel
+                        copy_pixels(place, pixel, start, right - left, C, layout[2], layout[5])
+                        start += layout[4]
+            strip += rows * row
 
     @device
-    def finish(block, bias, used, pixels, code):
-        """Add the bias (0: none) and apply the activation to a block (pixels, WIDTH), in place."""
+    def finish(block, used, pixels, code):
+        """Apply the activation to a block (pixels, WIDTH), in place."""
         for pixel in range(block, block + pixels * PIXEL, PIXEL):
             for k in range(used):
-                value = load(SIZE, pixel + k * SIZE)
-                if bias:
-                    value += load(SIZE, bias + k * SIZE)
-                store(SIZE, pixel + k * SIZE, activate(value, code))
+                store(SIZE, pixel + k * SIZE, activate(load(SIZE, pixel + k * SIZE), code))
 
     @device
     def emit(block, target, channel, step, used, count):
@@ -125,7 +141,8 @@ def strips(tile, itemsize):
                     copy_bytes(target + q * step, block + q * PIXEL, PIXEL)
             else:
                 for q in range(count):
-                    copy_bytes(target + q * step, block + q * PIXEL, used * SIZE)
+                    for k in range(0, used, LANES):
+                        copy_part(LANES, SIZE, target + q * step + k * SIZE, block + q * PIXEL + k * SIZE, used - k)
         elif step == SIZE and used >= 4:
             for k in range(0, used, LANES):
                 for q in range(0, count, LANES):
@@ -137,6 +154,24 @@ def strips(tile, itemsize):
             for k in range(used):
                 for q in range(count):
                     store(SIZE, target + k * channel + q * step, load(SIZE, block + q * PIXEL + k * SIZE))
+
+    @device
+    def unpack(panel, weight, filter_, channel, C, taps, used):
+        """Write one panel (taps, C, WIDTH) of a weight's gradient to its place (K, C, taps), `used` filters of it."""
+        for k in range(0, used, LANES):
+            source, target, rest = panel + k * SIZE, weight + k * filter_, used - k
+            if taps == 1:
+                for c in range(0, C, LANES):
+                    transpose_block(
+                        LANES, SIZE, source + c * PIXEL, PIXEL, C - c, rest, target + c * channel, filter_
+                    )  # fmt: skip
+            else:
+                for c in range(C):
+                    for tap in range(0, taps, LANES):
+                        transpose_block(
+                            LANES, SIZE, source + (tap * C + c) * PIXEL, C * PIXEL, taps - tap, rest,
+                            target + c * channel + tap * SIZE, filter_,
+                        )  # fmt: skip
 
     @device
     def pack(panel, weight, filter_, channel, inner, taps, used, table, transposed):
@@ -166,4 +201,4 @@ def strips(tile, itemsize):
                         LANES, SIZE, source + j * SIZE, filter_, rows, min(length - j, LANES), target, table + j * 8
                     )
 
-    return Strips(fill, copy_pixels, finish, emit, pack)
+    return Strips(fill, copy_pixels, finish, emit, pack, unpack)
