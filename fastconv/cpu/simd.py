@@ -179,7 +179,8 @@ def copy_part(typing_context, lanes, itemsize, target, source, count):
         kind = _vector(*shape)
         inside = _lanes_below(builder, count, shape[0])
         pointers = [builder.bitcast(builder.inttoptr(a, _I8P), kind.as_pointer()) for a in (target, source)]
-        _masked_store(builder, _masked_load(builder, pointers[1], inside, *shape), pointers[0], inside, *shape)
+        value = _masked_load(builder, pointers[1], inside, _vector(*shape))
+        _masked_store(builder, value, pointers[0], inside)
         return context.get_dummy_value()
 
     return types.void(lanes, itemsize, *[types.int64] * 3), generate
@@ -251,7 +252,7 @@ def _transpose(builder, lanes, itemsize, source, source_row, target, target_row,
             builder.store(vector, pointer).align = itemsize
         else:
             inside = builder.and_(mask, _splat(builder, builder.icmp_signed(">", columns, ir.Constant(_I64, j)), lanes))
-            _masked_store(builder, vector, pointer, inside, lanes, itemsize)
+            _masked_store(builder, vector, pointer, inside)
         place = builder.gep(place, [target_row])
 
 
@@ -268,7 +269,7 @@ def _transposed(builder, lanes, itemsize, source, source_row, rows, columns):
             vectors[-1].align = itemsize
         else:
             inside = builder.and_(across, _splat(builder, builder.icmp_signed(">", rows, ir.Constant(_I64, i)), lanes))
-            vectors.append(_masked_load(builder, pointer, inside, lanes, itemsize))
+            vectors.append(_masked_load(builder, pointer, inside, _vector(lanes, itemsize)))
         place = builder.gep(place, [source_row])
     # One bit of the row number changes places with the same bit of the column number at a time.
     distance = lanes // 2
@@ -288,20 +289,29 @@ def _vector(lanes, itemsize):
     return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
 
 
-def _masked_load(builder, pointer, inside, lanes, itemsize):
+def _masked_load(builder, pointer, inside, vector):
     """Return a vector, zero where the mask is not set: nothing is read there."""
-    kind = _vector(lanes, itemsize)
-    signature = ir.FunctionType(kind, [pointer.type, _I32, inside.type, kind])
-    name = f"llvm.masked.load.v{lanes}f{itemsize * 8}.p0"
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(function, [pointer, ir.Constant(_I32, itemsize), inside, ir.Constant(kind, [0.0] * lanes)])
+    signature = ir.FunctionType(vector, [pointer.type, _I32, inside.type, vector])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.{_suffix(vector)}.p0")
+    zeros = ir.Constant(vector, [0 if isinstance(vector.element, ir.IntType) else 0.0] * vector.count)
+    return builder.call(function, [pointer, ir.Constant(_I32, _nbytes(vector.element)), inside, zeros])
 
 
-def _masked_store(builder, vector, pointer, inside, lanes, itemsize):
-    signature = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, inside.type])
-    name = f"llvm.masked.store.v{lanes}f{itemsize * 8}.p0"
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    builder.call(function, [vector, pointer, ir.Constant(_I32, itemsize), inside])
+def _masked_store(builder, vector, pointer, inside):
+    """Write a vector where the mask is set."""
+    kind = vector.type
+    signature = ir.FunctionType(ir.VoidType(), [kind, pointer.type, _I32, inside.type])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.store.{_suffix(kind)}.p0")
+    builder.call(function, [vector, pointer, ir.Constant(_I32, _nbytes(kind.element)), inside])
+
+
+def _suffix(vector):
+    letter = "i" if isinstance(vector.element, ir.IntType) else "f"
+    return f"v{vector.count}{letter}{8 * _nbytes(vector.element)}"
+
+
+def _nbytes(kind):
+    return kind.width // 8 if isinstance(kind, ir.IntType) else {ir.FloatType(): 4, ir.DoubleType(): 8}[kind]
 
 
 def _shuffle(builder, a, b, order):
@@ -686,10 +696,6 @@ def element_lanes(element):
     return nbytes // max(4, _nbytes(_element_type(element)[0]))
 
 
-def _nbytes(kind):
-    return kind.width // 8 if isinstance(kind, ir.IntType) else {ir.FloatType(): 4, ir.DoubleType(): 8}[kind]
-
-
 def _element_type(number):
     """Return an element's type, of integers with its `width`, and whether it has a sign."""
     name = ELEMENTS[number]
@@ -726,7 +732,7 @@ class _Window:
     def __init__(self, builder, count, operation, element, lanes, step, position_bits):
         self.builder, self.operation, self.lanes, self.step = builder, operation, lanes, step
         kind, self.is_signed = _element_type(element)
-        self.vector, self.nbytes = ir.VectorType(kind, lanes), _nbytes(kind)
+        self.vector = ir.VectorType(kind, lanes)
         self.held = ir.VectorType(ir.DoubleType(), lanes) if operation == WIDE_SUM else self.vector
         self.positions: Any = ir.VectorType(ir.IntType(position_bits), lanes) if position_bits else None
         self.mask = _lanes_below(builder, count, lanes)
@@ -741,12 +747,12 @@ class _Window:
     ):  # fmt: skip
         builder = self.builder
         is_more = builder.icmp_signed("!=", more, ir.Constant(_I64, 0))
-        best = self._begin(is_more, target, self.vector, self.nbytes, self._lowest(self.held))
+        best = self._begin(is_more, target, self.vector, self._lowest(self.held))
         found = None
         if self.positions:
             nothing = builder.icmp_signed("==", builder.mul(rows, columns), ir.Constant(_I64, 0))
             first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
-            found = self._begin(is_more, where, ir.VectorType(_I64, self.lanes), 8, first)
+            found = self._begin(is_more, where, ir.VectorType(_I64, self.lanes), first)
         with cgutils.for_range(builder, rows) as row:
             at = builder.add(source, builder.mul(row.index, row_step))
             number = builder.add(position, builder.mul(row.index, position_row))
@@ -772,11 +778,11 @@ class _Window:
             lowest = float("-inf")
         return ir.Constant(held, [lowest] * self.lanes)
 
-    def _begin(self, is_more, place, stored, nbytes, start):
+    def _begin(self, is_more, place, stored, start):
         """A variable that begins with what is at a place, or with `start`."""
         builder, variable = self.builder, cgutils.alloca_once_value(self.builder, start)
         with builder.if_then(is_more):
-            before = _masked_load(builder, place, stored, nbytes, self.mask)
+            before = self._masked(place, stored, self.mask)
             if stored != start.type:
                 narrow = isinstance(stored.element, ir.IntType)
                 before = builder.trunc(before, start.type) if narrow else builder.fpext(before, start.type)
@@ -785,10 +791,13 @@ class _Window:
 
     def _load(self, place):
         if self.step <= 1:
-            return _masked_load(self.builder, place, self.vector, self.nbytes, self.mask)
+            return self._masked(place, self.vector, self.mask)
         wide = ir.VectorType(self.vector.element, self.lanes * self.step)
-        values = _masked_load(self.builder, place, wide, self.nbytes, self.wide_mask)
+        values = self._masked(place, wide, self.wide_mask)
         return _shuffle(self.builder, values, values, [self.step * i for i in range(self.lanes)])
+
+    def _masked(self, place, vector, mask):
+        return _masked_load(self.builder, self.builder.inttoptr(place, vector.as_pointer()), mask, vector)
 
     def _numbers(self, first):
         kind = self.positions.element
@@ -814,34 +823,12 @@ class _Window:
             by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
             result = builder.fdiv(result, _splat(builder, by, self.lanes))
             result = result if result.type == self.vector else builder.fptrunc(result, self.vector)
-        _masked_store(builder, result, target, self.nbytes, self.mask)
+        _masked_store(builder, result, builder.inttoptr(target, result.type.as_pointer()), self.mask)
         if found is not None:
             numbers = builder.load(found)
             if self.positions.element.width < 64:
                 numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
-            _masked_store(builder, numbers, where, 8, self.mask)
-
-
-def _suffix(vector):
-    letter = "i" if isinstance(vector.element, ir.IntType) else "f"
-    return f"v{vector.count}{letter}{8 * _nbytes(vector.element)}"
-
-
-def _masked_load(builder, place, vector, nbytes, mask):
-    """Load the lanes of a mask from an address, zeros in the others."""
-    pointer = builder.inttoptr(place, vector.as_pointer())
-    signature = ir.FunctionType(vector, [pointer.type, _I32, mask.type, vector])
-    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.{_suffix(vector)}.p0")
-    zeros = ir.Constant(vector, [0 if isinstance(vector.element, ir.IntType) else 0.0] * vector.count)
-    return builder.call(function, [pointer, ir.Constant(_I32, nbytes), mask, zeros])
-
-
-def _masked_store(builder, value, place, nbytes, mask):
-    """Store the lanes of a mask to an address."""
-    pointer = builder.inttoptr(place, value.type.as_pointer())
-    signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
-    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.store.{_suffix(value.type)}.p0")
-    builder.call(function, [value, pointer, ir.Constant(_I32, nbytes), mask])
+            _masked_store(builder, numbers, builder.inttoptr(where, numbers.type.as_pointer()), self.mask)
 
 
 @intrinsic(prefer_literal=True)

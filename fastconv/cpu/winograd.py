@@ -626,7 +626,7 @@ def tasks(m, tile, itemsize):
                     )
                     for p in range(tall):
                         if code > 1:
-                            activate_block(block + p * pitch, 0, WIDTH, wide, code)
+                            activate_block(block + p * pitch, WIDTH, wide, code)
                         emit(block + p * pitch, at + k * target[2] + p * row, target[2], pixel, min(WIDTH, K - k), wide)
             i += count
 
@@ -829,7 +829,7 @@ def _image_transform(m, tile, itemsize, kind, window):
         (d, h, w), (_, dh, dw) = corner, dilation
         h0, w0 = h % dh, w % dw
         fill(
-            strip, source + h0 * layout[4] + w0 * layout[5],
+            strip, C * SIZE, source + h0 * layout[4] + w0 * layout[5],
             (layout[0], layout[1], layout[2], layout[3], dh * layout[4], dw * layout[5]),
             (extent[0], (extent[1] - h0 + dh - 1) // dh, (extent[2] - w0 + dw - 1) // dw), C, (zero, 1),
             (d, (h - h0) // dh, (w - w0) // dw), rows, pitch,
