@@ -38,6 +38,7 @@ FASTMATH = {"contract", "reassoc", "nsz"}
 device = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy")
 
 KERNELS: list[Kernel] = []
+TASKS: list[Task] = []
 
 
 class Kernel:
@@ -76,6 +77,7 @@ class Task:
     def __init__(self, function: Callable[[int, int], None]) -> None:
         self.function = function
         update_wrapper(self, function)
+        TASKS.append(self)
 
     @cached_property
     def compiled(self) -> CFunc:
