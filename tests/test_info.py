@@ -94,8 +94,7 @@ def test_what_was_warmed_up_is_not_compiled_again():
 import numpy as np, fastconv
 from fastconv.cpu import compile as compiling
 def compiled():
-    kernels = sum(len(k.parallel.signatures) for k in compiling.KERNELS if "parallel" in vars(k))
-    return kernels + sum("compiled" in vars(t) for t in compiling.TASKS)
+    return sum(len(k.parallel.signatures) for k in compiling.KERNELS if "parallel" in vars(k))
 fastconv.warmup(["conv2d", "conv2d_backward"], ["float32"], ["channels_first"])
 before = compiled()
 x, w, b = (np.ones(shape, "float32") for shape in ((2, 3, 9, 9), (5, 3, 3, 3), (5,)))
