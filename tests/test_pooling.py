@@ -245,7 +245,16 @@ SIZES = (1, 2, 3, 5, 8, 12)
 @every_dtype
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_adaptive_pools_and_their_gradients(layout, dtype, dims):
-    x, how = normal("adaptive", dims, shape=(2, 3, *(8, 7, 5)[:dims]), dtype=dtype), {}
+    check_adaptive_pools(layout, dtype, dims, (8, 7, 5)[:dims])
+
+
+@every_layout
+def test_adaptive_pools_of_one_element_per_row(layout):
+    check_adaptive_pools(layout, "float32", 2, (3, 1))
+
+
+def check_adaptive_pools(layout, dtype, dims, extents):
+    x, how = normal("adaptive", dims, shape=(2, 3, *extents), dtype=dtype), {}
     how["data_format"] = layout.data_format
     mixed = [(None, 3, None)[:dims]] if dims > 1 else []
     for size in (*SIZES[: 4 if dims == 3 else None], *mixed):

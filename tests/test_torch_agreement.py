@@ -249,8 +249,8 @@ def test_pools_and_patches_take_tensors(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_shares_memory_with_the_tensor_given(dtype):
     x, weight, bias = images(dtype)
-    out = torch.full((2, 6, 7, 6), float("nan"), dtype=dtype)
-    for given in (out, out.to(memory_format=torch.channels_last), torch.empty(2, 6, 7, 12, dtype=dtype)[..., ::2]):
+    out = torch.full((2, 8, 7, 6), float("nan"), dtype=dtype)
+    for given in (out, out.to(memory_format=torch.channels_last), torch.empty(2, 8, 7, 12, dtype=dtype)[..., ::2]):
         assert fastconv.conv2d(x, weight, bias, padding=1, groups=2, out=given) is given
         agree(given, F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=2).to(dtype))
 

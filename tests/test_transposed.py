@@ -19,6 +19,7 @@ from support import (
     STRANGE,
     VIEW,
     assert_refused,
+    chosen,
     each,
     normal,
     op,
@@ -159,7 +160,7 @@ def check(p, layout, algorithm):
         assert_close(
             result,
             expected,
-            algorithm="direct" if algorithm == "auto" else algorithm,
+            algorithm=chosen(geometry, layout, DIRECTION.get(name)) if algorithm == "auto" else algorithm,
             reduction_length=p.lengths[name],
             err_msg=context,
         )

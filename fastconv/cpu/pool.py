@@ -70,12 +70,12 @@ def _side_by_side(table, inner):
     if inner != 1:
         return 0, None
     apart = np.diff(windows[:, 0])
-    step = int(np.bincount(apart[(apart > 0) & (apart <= MOST_STEP)], minlength=2).argmax())
+    step = max(int(np.bincount(apart[(apart > 0) & (apart <= MOST_STEP)], minlength=2).argmax()), 1)
     length = windows[:, 1] - windows[:, 0]
     breaks = (apart != step) | (np.diff(length) != 0) | (np.diff(windows[:, 3]) != 0)
     starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])[: len(windows)]
     counts = np.diff(np.concatenate([starts, [len(windows)]]))
-    return max(step, 1), np.ascontiguousarray(np.column_stack([starts, counts, windows[starts]]))
+    return step, np.ascontiguousarray(np.column_stack([starts, counts, windows[starts]]))
 
 
 @lru_cache(maxsize=64)
