@@ -144,7 +144,7 @@ def named(name: Any, device: str) -> list[Algorithm]:
     return chosen
 
 
-for _name in ("direct", "im2col", "implicit_gemm", "fft"):
+for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
