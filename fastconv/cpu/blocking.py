@@ -410,7 +410,9 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes):
     def cost(images, rows):
         pixels = images * rows * Q
         if reduces:
-            work = -(-depth // tile.rows) * tile.rows * (pixels + TILE_OVERHEAD + images * rows)
+            joined = rows == 1 or Q == 1 or phase.in_step[1] * strip.row == Q * phase.in_step[2] * strip.pixel
+            stretches = images if joined else images * rows
+            work = -(-depth // tile.rows) * tile.rows * (pixels + TILE_OVERHEAD + stretches)
         else:
             work = -(-pixels // half) * half * (depth * met(images) + TILE_OVERHEAD)
         copied = 0 if strip.in_place else strip_bytes(images, rows) // strip.pixel * inner * COPY_COST

@@ -18,6 +18,7 @@ from numba import prange
 from ..registry import Buffer
 from . import epilogue, threads
 from .compile import device, kernel
+from .machine import constants
 
 # Products per running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 512
@@ -50,7 +51,7 @@ def workspace(geometry, direction, limit):
 
 
 def seconds(geometry, direction, threads_):
-    """Predicted time: so many innermost loops, each with a fixed cost and one per element."""
+    """Predicted time: so many innermost loops, each with a fixed cost and one per element, and moving the arrays."""
     g, (C, K) = geometry, _group_channels(geometry)
     taps = math.prod(g.kernel_size)
     dense_stride = 1 if direction != "input_grad" else math.prod(g.stride[:2])
@@ -65,8 +66,8 @@ def seconds(geometry, direction, threads_):
         row = C if direction == "input_grad" else K
         loops = pixels * g.groups * (K if direction == "input_grad" else C) * taps / dense_stride
         # Up to 64 elements the loop is not vectorised.
-        fixed, each = (15, 0.2) if row <= 64 else (8, 0.02)
-    return 20e-6 + loops * (fixed + each * row) * 1e-9 / threads_
+        fixed, each = (15, 0.2) if row <= 64 else (8, 0.06)
+    return 20e-6 + loops * (fixed + each * row) * 1e-9 / threads_ + g.bytes / constants().bandwidth
 
 
 def forward(geometry, x, weight, bias, activation, out, workspace):

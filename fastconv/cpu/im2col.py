@@ -22,6 +22,8 @@ from .direct import end_inside, first_inside
 
 # Bytes of columns made at a time: a share of the last-level cache, so that BLAS finds them there.
 BLOCK_BYTES = 8 * 2**20
+# Seconds that a call stalls where the threads of BLAS and of Numba take turns on the same cores (measured, 4 to 8 ms).
+WAKING = 4e-3
 
 
 def supports(geometry, direction):
@@ -39,9 +41,9 @@ def seconds(geometry, direction, threads_):
     # A thin product cannot use the registers of a square one.
     efficiency = min(1.0, min(C * math.prod(g.kernel_size), K) / 48) ** 0.7
     calls = g.groups * (g.batch if g.data_format == "channels_first" else 1)
-    rate = 80e9 * threads_ * (4 / g.dtype.itemsize) * efficiency
+    rate = 70e9 * threads_ * (4 / g.dtype.itemsize) * efficiency
     traffic = columns * g.dtype.itemsize * (2 if direction == "input_grad" else 1)
-    return 30e-6 + 20e-6 * calls + g.flops / rate + traffic / (6e9 * threads_)
+    return WAKING + 20e-6 * calls + g.flops / rate + traffic / (6e9 * threads_)
 
 
 def workspace(geometry, direction, limit):

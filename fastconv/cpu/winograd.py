@@ -64,6 +64,8 @@ MOST_DEPTH = {2: 4096, 4: 1152, 6: 4096}
 BLOCK_BYTES = 768 * 1024
 # Bytes of U that a thread makes at a time, where it is made by panels.
 PART_BYTES = 512 * 1024
+# Seconds of a call beside its loops.
+CALL_SECONDS = 110e-6
 # Bytes of a strip.
 STRIP_BYTES = 128 * 1024
 # Bytes of V, and of V and Y of the tiles that a weight gradient sums at once, that all threads share.
@@ -151,19 +153,22 @@ class Winograd:
         return True, ""
 
     def seconds(self, g, direction, threads_):
-        """Predicted time: the products, the transforms' traffic, and the weight's."""
+        """Predicted time: the products, the transforms' traffic, and the weight's; fitted to the panel's layers."""
         p, t2 = _problem(g, direction, self.m), (self.m + 2) ** 2
         tile, constants = tile_for(g.dtype.itemsize), machine.constants()
         scale = g.dtype.itemsize / 4
         columns = -(-p.targets // tile.width) * tile.width
         products = 2 * t2 * p.tile_count * p.groups * p.depth * columns * scale
-        moved = 2 * t2 * p.tile_count * p.groups * (p.depth + p.targets) * 4 * scale
+        inner = math.prod(p.blocks) * -(-p.inner // tile.lanes) * tile.lanes
+        moved = 2 * t2 * p.tile_count * p.groups * (inner + columns) * 4 * scale
         weight = t2 * p.groups * p.depth * columns * 4 * scale
+        if direction == "weight_grad":
+            return CALL_SECONDS + products / (0.7 * constants.flops * threads_) + moved / (20e9 * threads_)
         return (
-            4 * constants.launch
+            CALL_SECONDS
             + products / (0.9 * constants.flops * threads_)
-            + moved / (20e9 * threads_)
-            + (g.bytes + 3 * weight) / constants.bandwidth
+            + moved / (80e9 * threads_)
+            + (0.5 * g.bytes + 0.4 * weight) / constants.bandwidth
         )
 
     def workspace(self, g, direction, limit):
