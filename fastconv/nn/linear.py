@@ -1,4 +1,7 @@
-"""The linear layer: a matrix product over the last dimension."""
+"""The linear layer: a matrix product over the last dimension, which is a 1x1 convolution of single pixels.
+
+BLAS would do as well, but its threads and Numba's, taking turns on the same cores, stall each other for milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from ..cpu.threads import blas
 from ..errors import ShapeError
 from ..geometry import ReceptiveField, integer
+from ..ops.convolution import convNd, convNd_backward
 from . import activations
 from .convolution import Weighted
 from .module import Array, Shape
+
+LAST: dict[str, Any] = {"data_format": "channels_last"}
 
 
 class Linear(Weighted):
@@ -57,33 +62,34 @@ class Linear(Weighted):
 
     def forward(self, x: Array) -> Array:
         """Return activation(x @ weight.T + bias)."""
-        self.output_shape(x.shape)
+        shape = self.output_shape(x.shape)
         arrays.check_same_dtype("x", x, "weight", self.weight.data.dtype)
-        with blas():
-            # (N, K) = (N, C) @ (C, K)
-            y = x @ self.weight.data.T
-        if self.bias is not None:
-            y += self.bias.data
-        y = activations.activate(self.activation, y)
+        y = convNd(1, self._pixels(x), self._kernel(), self.bias_data(), activation=self.activation, **LAST)
+        y = y.reshape(shape)
         if self.training:
-            self.keep((x, y.shape, activations.remember(self.activation, y)))
+            self.keep((x, shape, activations.remember(self.activation, y)))
         return y
 
     def backward(self, grad_output: Array, *, input_grad: bool = True) -> Array | None:
         """Add the gradients of weight and bias; return that of the input."""
         x, shape, remembered = self.kept()
         activations.check_gradient(grad_output, shape)
-        grad = activations.gradient(self.activation, remembered, grad_output)
-        rows = grad.reshape(-1, self.out_features)
         needs = self.needs(input_grad)
-        with blas():
-            if "weight" in needs:
-                # (K, C) = (K, N) @ (N, C)
-                self.weight.accumulate(rows.T @ x.reshape(-1, self.in_features))
-            if "bias" in needs and self.bias is not None:
-                self.bias.accumulate(rows.sum(axis=0))
-            # (N, C) = (N, K) @ (K, C)
-            return grad @ self.weight.data if input_grad else None
+        if not needs:
+            return None
+        grad = activations.gradient(self.activation, remembered, grad_output)
+        found = convNd_backward(1, self._pixels(grad), self._pixels(x), self._kernel(), needs=needs, **LAST)
+        if found.weight is not None:
+            found = found._replace(weight=found.weight.reshape(self.weight.shape))
+        dx = self.collect(found)
+        return None if dx is None else dx.reshape(x.shape)
+
+    def _pixels(self, x: Array) -> Array:
+        """Images of one pixel, whose channels are the features."""
+        return x.reshape(-1, 1, x.shape[-1])
+
+    def _kernel(self) -> Array:
+        return self.weight.data[:, :, None]
 
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the input's shape with out_features at the end."""
