@@ -2,7 +2,8 @@
 
     y[n, k, ...] = activation(y[n, k, ...] + bias[k])
 
-Memory layout: C-contiguous, (N, K, pixels) or (pixels, K).
+Memory layout: C-contiguous, (N, K, pixels) or (pixels, K). And the sum that is the
+gradient of the bias.
 """
 
 import math
@@ -10,12 +11,14 @@ import math
 import numpy as np
 from numba import prange
 
-from .compile import device, kernel
+from .compile import device, kernel, share
 from .simd import LEAKY_SLOPE
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
 
+# Elements worth a part of their own.
+PART = 16 * 1024
 # What the kernels compare with: 0 is "no activation".
 CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
 
@@ -65,3 +68,36 @@ def _pixels(y, bias, code):
     for i in prange(L):
         for k in range(K):
             y[i, k] = activate(y[i, k] + bias[k], code)
+
+
+def sum_pixels(grad, result):
+    """Write the sum of `grad`, (N, C, L) or (L, C), over all but the channels to `result`, added up in float64."""
+    if grad.ndim == 3:
+        N, C, _ = grad.shape
+        sums = np.empty((N, C))
+        _sum_rows(grad.reshape(N * C, -1), sums.reshape(-1))
+    else:
+        # The number of parts depends on sizes alone, and so does the result.
+        sums = np.zeros((max(min(grad.size // PART, 64), 1), grad.shape[1]))
+        _sum_columns(grad, sums)
+    result[...] = sums.sum(axis=0)
+
+
+@kernel
+def _sum_rows(grad, sums):
+    rows, length = grad.shape
+    for row in prange(rows):
+        total = 0.0
+        for i in range(length):
+            total += grad[row, i]
+        sums[row] = total
+
+
+@kernel
+def _sum_columns(grad, sums):
+    pixels, channels = grad.shape
+    for part in prange(len(sums)):
+        begin, end = share(pixels, part, len(sums))
+        for pixel in range(begin, end):
+            for c in range(channels):
+                sums[part, c] += grad[pixel, c]

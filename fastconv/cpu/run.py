@@ -8,12 +8,10 @@ All arrays are batched ndarrays in the format of the geometry.
 """
 
 import numpy as np
-from numba import prange
 
 from .. import arrays
 from ..arrays import compute_dtype, empty, in_format, lift, memory_format, out_format
 from . import epilogue, padding, pool
-from .compile import kernel
 from .workspace import workspace
 
 
@@ -83,26 +81,12 @@ def bias_grad(grad_output, data_format):
     stored = stored_format(grad_output, data_format)
     dtype = compute_dtype(grad_output.dtype)
     grad = in_format(grad_output, data_format, stored, dtype)
-    if stored == "channels_first":
-        grad = grad.reshape(*grad.shape[:2], -1, 1)
-    else:
-        grad = grad.reshape(grad.shape[0], 1, -1, grad.shape[-1])
-    # (N, C, L, 1) or (N, 1, L, C): one of the last axes is the channels.
-    result = empty((grad.shape[1] * grad.shape[3],), dtype)
-    _sum_pixels(grad, result)
+    channels = grad.shape[1 if stored == "channels_first" else -1]
+    result = empty((channels,), dtype)
+    epilogue.sum_pixels(
+        grad.reshape(len(grad), channels, -1) if stored == "channels_first" else grad.reshape(-1, channels), result
+    )
     return result if dtype == grad_output.dtype else result.astype(grad_output.dtype)
-
-
-@kernel
-def _sum_pixels(grad, result):
-    N, C, L, inner = grad.shape
-    for channel in prange(result.size):
-        c, i = channel // inner, channel % inner
-        total = 0.0
-        for n in range(N):
-            for pixel in range(L):
-                total += grad[n, c, pixel, i]
-        result[channel] = total
 
 
 def _operand(geometry, stored, array, dtype):
