@@ -207,17 +207,17 @@ def _padded_taps(g):
 
 
 class Tables(NamedTuple):
-    """What tasks read: phases (first, size, step, taps) of each axis, and entries (source, weight, position) of taps.
+    """A plan, and what the tasks of `_slide` read of it.
 
-    Offsets are bytes. The rows of taps of depth phase i and height phase j are entries from (i*phases + j)*row_entries
-    on, the columns of width phase i from i*column_entries.
+    Phases (first, size, step, taps) of each axis, positions of the taps of each depth phase, and entries (source,
+    weight, position) of taps; offsets are bytes. The rows of taps of depth phase i and height phase j are entries from
+    (i*phases + j)*row_entries on, the columns of width phase i from i*column_entries.
     """
 
-    phases: tuple[np.ndarray, np.ndarray, np.ndarray]
-    # Per depth phase, the positions of its taps.
-    depths: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    plan: Plan
+    numbers: tuple[int, ...]
+    # Kept alive for the addresses among the numbers.
+    arrays: tuple[np.ndarray, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -254,7 +254,12 @@ def _tables(g, direction):
     for i, c in enumerate(width.phases):
         entries = [((w - low[2]) * pixel, s * line, w) for s, w in c.taps]
         columns[i, : len(entries)] = np.reshape(entries, (-1, 3))
-    return Tables((d, h, w), depths, rows, columns)
+    arrays = (d, h, w, depths, rows, columns)
+    numbers = (
+        *_of_axes(plan), *map(address, arrays[:3]), *map(len, arrays[:3]),
+        address(depths), depths.shape[1], address(rows), rows.shape[2], address(columns), columns.shape[1],
+    )  # fmt: skip
+    return Tables(plan, numbers, arrays)
 
 
 @lru_cache(maxsize=1024)
@@ -321,7 +326,7 @@ def input_grad(geometry, grad_output, weight, out, workspace):
 
 
 def _slide(g, direction, source, weight, bias, code, out, workspace):
-    plan, tables = _plan(g, direction), _tables(g, direction)
+    plan, taps, _ = _tables(g, direction)
     C, M = plan.channels, plan.multiplier
     backward = direction == "input_grad"
     weights = workspace["weights"]
@@ -331,11 +336,6 @@ def _slide(g, direction, source, weight, bias, code, out, workspace):
     shared = (
         *_view(source, g.data_format, M if backward else 1), *_view(out, g.data_format, 1 if backward else M),
         address(weights), 0 if bias is None else address(workspace["bias"]), code,
-    )  # fmt: skip
-    taps = (
-        *_of_axes(plan), *map(address, tables.phases), *map(len, tables.phases),
-        address(tables.depths), tables.depths.shape[1], address(tables.rows), tables.rows.shape[2],
-        address(tables.columns), tables.columns.shape[1],
     )  # fmt: skip
     tasks = slides(plan.lanes, plan.itemsize, plan.apart)
     if plan.in_place:
@@ -370,7 +370,7 @@ def weight_grad(geometry, grad_output, x, out, workspace):
     """Write the gradient with respect to the weight to `out`."""
     g, plan = geometry, _plan(geometry, "weight_grad")
     C, M, last = plan.channels, plan.multiplier, g.data_format == "channels_last"
-    sums, lots, depths = workspace["sums"], _tap_table(g), _tables(g, "weight_grad").depths
+    sums, lots, depths = workspace["sums"], _tap_table(g), _tables(g, "weight_grad").arrays[3]
     slides(plan.lanes, plan.itemsize, 0).correlate(
         min(_chunks(g), plan.groups * len(sums)),
         *_view(x, g.data_format, 1), *_view(grad_output, g.data_format, M),
