@@ -49,7 +49,7 @@ _LAZY = {
     "fastconv.info": ["show_config", "warmup"],
 }  # fmt: skip
 _SUBMODULES = (
-    "arrays", "cli", "geometry", "info", "nn", "ops", "reference", "registry", "selection", "testing",
+    "arrays", "cli", "geometry", "info", "nn", "ops", "reference", "registry", "selection", "testing", "tuning",
 )  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The command: ``python -m fastconv compare | info | warmup``.
+"""The command: ``python -m fastconv compare | info | tune | warmup``.
 
 It reads flags, and prints. What is measured and how is in `fastconv.benchmarks`, which in a checkout is the folder
 ``benchmarks`` beside the package; what the package found on the machine is in `fastconv.info`.
@@ -82,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="fastconv", description="Convolution and pooling kernels: compare them, look, compile ahead.")
+    parser = _Parser(prog="fastconv", description="Convolution and pooling kernels: compare, tune, compile ahead.")
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="compare | info | warmup")
+    commands = parser.add_subparsers(dest="command", metavar="compare | info | tune | warmup")
     _add_compare(commands)
     _add_info(commands)
+    _add_tune(commands)
     _add_warmup(commands)
     return parser
 
@@ -100,6 +101,16 @@ def _add_compare(commands: Any) -> None:
         "Without --input or --network: one layer of each kind, in about a minute.",
     )
     parser.set_defaults(run=_compare, parser=parser)
+    _add_layers(parser)
+    _add_choices(parser.add_argument_group("what to measure"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write one line per row")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write rows, totals, settings and the machine")
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
+    output.add_argument("--quiet", action="store_true", help="the table alone")
+
+
+def _add_layers(parser: Any) -> None:
     layer = parser.add_argument_group("one layer")
     layer.add_argument("--input", type=_sizes, metavar="N,C,H,W", help="shape of the input; N,C,L or N,C,D,H,W too")
     layer.add_argument("--filters", type=int, metavar="K", help="number of filters")
@@ -112,21 +123,19 @@ def _add_compare(commands: Any) -> None:
     network.add_argument("--network", choices=NETWORKS, help="all its convolutions, repeated ones once")
     network.add_argument("--batch", type=int, metavar="N", help="number of images")
     network.add_argument("--layers", metavar="REGEX", help="only layers whose name matches")
-    _add_choices(parser.add_argument_group("what to measure"))
-    output = parser.add_argument_group("output")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="write one line per row")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write rows, totals, settings and the machine")
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
-    output.add_argument("--quiet", action="store_true", help="the table alone")
+
+
+def _add_kinds(group: Any, data_format: str) -> None:
+    group.add_argument("--direction", metavar="D", default="all", help=f"all, or some of {', '.join(DIRECTIONS)}")
+    group.add_argument("--dtype", choices=DTYPES, default="float32")
+    group.add_argument("--data-format", choices=(*DATA_FORMATS, "both"), default=data_format)
+    group.add_argument("--precision", choices=config.PRECISIONS, help="promise about float32 results")
+    group.add_argument("--threads", type=int, metavar="T", help="threads of every library")
 
 
 def _add_choices(group: Any) -> None:
-    group.add_argument("--direction", metavar="D", default="all", help=f"all, or some of {', '.join(DIRECTIONS)}")
+    _add_kinds(group, "channels_first")
     group.add_argument("--algorithms", type=_words, metavar="A,B", help="only these; auto is what fastconv would take")
-    group.add_argument("--dtype", choices=DTYPES, default="float32")
-    group.add_argument("--data-format", choices=(*DATA_FORMATS, "both"), default="channels_first")
-    group.add_argument("--precision", choices=config.PRECISIONS, help="promise about float32 results")
-    group.add_argument("--threads", type=int, metavar="T", help="threads of every library")
     group.add_argument("--budget", type=float, metavar="SECONDS", default=0.2, help="time for each row (0.2)")
     group.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
 
@@ -136,6 +145,22 @@ def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help=text, description=text)
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=_info, parser=parser)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure every algorithm on a layer or a network, for auto to know",
+        description="Measure every algorithm on a layer or a network and keep the times: from then on "
+        'algorithm="auto" takes the one that was fastest. What has been measured is not measured again.',
+    )
+    parser.set_defaults(run=_tune, parser=parser)
+    _add_layers(parser)
+    _add_kinds(parser.add_argument_group("what to measure"), "both")
+    kept = parser.add_argument_group("what is known")
+    kept.add_argument("--clear", action="store_true", help="forget every time measured on this machine, first")
+    kept.add_argument("--show", action="store_true", help="list the convolutions measured and their fastest algorithm")
+    parser.add_argument("--quiet", action="store_true")
 
 
 def _add_warmup(commands: Any) -> None:
@@ -232,6 +257,22 @@ def _settings(args: argparse.Namespace) -> Any:
         raise UsageError(f"--budget must be a positive number of seconds, not {args.budget:g}")
     for name in args.algorithms or ():
         registry.named(name, "cpu")
+    _check_kinds(args)
+    compare: Any = _benchmarks("compare")
+    return compare.Settings(
+        workloads=_workloads(args),
+        directions=_directions(args.direction),
+        algorithms=args.algorithms,
+        dtype=args.dtype,
+        data_formats=_data_formats(args.data_format),
+        precision=config.get("precision") if args.precision is None else args.precision,
+        threads=args.threads,
+        budget=args.budget,
+        with_torch=not args.no_torch,
+    )
+
+
+def _check_kinds(args: argparse.Namespace) -> None:
     if args.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         raise UsageError("--dtype bfloat16 needs ml_dtypes: pip install 'fastconv[bfloat16]'")
     if args.threads is not None and args.threads < 1:
@@ -239,18 +280,10 @@ def _settings(args: argparse.Namespace) -> Any:
     # Values from the environment are checked when they are read.
     for option in config.DEFAULTS:
         config.get(option)
-    compare: Any = _benchmarks("compare")
-    return compare.Settings(
-        workloads=_workloads(args),
-        directions=_directions(args.direction),
-        algorithms=args.algorithms,
-        dtype=args.dtype,
-        data_formats=DATA_FORMATS if args.data_format == "both" else (args.data_format,),
-        precision=config.get("precision") if args.precision is None else args.precision,
-        threads=args.threads,
-        budget=args.budget,
-        with_torch=not args.no_torch,
-    )
+
+
+def _data_formats(text: str) -> tuple[str, ...]:
+    return DATA_FORMATS if text == "both" else (text,)
 
 
 def _directions(text: str) -> tuple[str, ...]:
@@ -419,6 +452,63 @@ class _Progress:
     def _line(self, text: str) -> None:
         sys.stderr.write(f"\r{text:<70}\r" if not text else f"\r{text[:70]:<70}")
         sys.stderr.flush()
+
+
+# --- tune ------------------------------------------------------------------------------------------------------
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from . import tuning
+
+    if not (args.network or args.input or args.clear or args.show):
+        raise UsageError("tune needs --network, --input, --show or --clear")
+    _check_kinds(args)
+    if args.clear:
+        print(f"forgot {tuning.count()} convolutions of {tuning.file()}")
+        tuning.clear()
+    if args.network or args.input:
+        _measure_layers(args)
+    if args.show:
+        for entry, times in tuning.entries().items():
+            fastest = min(times, key=lambda name: times[name])
+            print(f"{fastest:<14}  {times[fastest] * 1e3:10.3f} ms  of {len(times)}  {entry}")
+    if not (args.quiet or args.clear):
+        print(f"{tuning.count()} convolutions are known in {tuning.file()}")
+    return 0
+
+
+def _measure_layers(args: argparse.Namespace) -> None:
+    layers, directions, formats = _workloads(args), _directions(args.direction), _data_formats(args.data_format)
+    progress = _Progress(len(layers) * len(directions) * len(formats), args.quiet)
+    with config.options(**({} if args.threads is None else {"threads": args.threads})):
+        try:
+            for layer in layers:
+                for direction in directions:
+                    for data_format in formats:
+                        progress.show(f"{layer.name} {direction} {data_format}")
+                        found = _tuned(layer.geometry(data_format, _dtype(args.dtype)), direction, args.precision)
+                        progress.step()
+                        if not args.quiet:
+                            print(f"{layer.name:<16}  {direction:<11}  {data_format:<14}  {found}", flush=True)
+        finally:
+            progress.close()
+
+
+def _tuned(geometry: Any, direction: str, precision: str | None) -> str:
+    """Measure a convolution; return what is the fastest, and what was predicted to be if that is another."""
+    from . import selection
+
+    selection.choose(geometry, direction, geometry.data_format, "cpu", "tune", precision)
+    found = selection.algorithms(geometry, direction=direction, precision=precision)
+    supported = [c for c in found if c.supported and c.seconds is not None]
+    predicted = min(supported, key=lambda c: c.seconds or 0.0)
+    (chosen,) = (c for c in found if c.chosen)
+    if chosen.measured is None or predicted.measured is None:
+        return f"{chosen.name:<14}  (the only one)"
+    text = f"{chosen.name:<14}  {chosen.measured * 1e3:10.3f} ms"
+    if predicted is chosen:
+        return text
+    return f"{text}  (predicted: {predicted.name}, {predicted.measured * 1e3:.3f} ms)"
 
 
 # --- info and warmup -------------------------------------------------------------------------------------------

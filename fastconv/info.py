@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import config
+from . import config, tuning
 from ._version import __version__
 from .errors import ArgumentError, ArgumentTypeError, DTypeError
 from .geometry import DATA_FORMATS, one_of
@@ -72,7 +72,7 @@ def collect() -> dict[str, Any]:
     Examples
     --------
     >>> sorted(collect())
-    ['blas', 'cache', 'cpu', 'fastconv', 'gpu', 'off', 'options', 'platform', 'python', 'threads', 'versions']
+    ['blas', 'cache', 'cpu', 'fastconv', 'gpu', 'off', 'options', 'platform', 'python', 'threads', 'tuning', 'versions']
     """
     found: dict[str, Any] = {
         "fastconv": __version__,
@@ -84,6 +84,7 @@ def collect() -> dict[str, Any]:
         "blas": _blas(),
         "gpu": _gpu(),
         "cache": _cache(),
+        "tuning": {"file": str(tuning.file()), "entries": tuning.count()},
         "options": _options(),
     }
     found["off"] = _off(found)
@@ -142,7 +143,7 @@ def _cpu() -> dict[str, Any]:
     except RuntimeError:
         features = {}
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "architecture": platform.machine(),
         "llvm": llvm.get_host_cpu_name(),
         "features": {name: bool(features.get(key, False)) for name, key in FEATURES.items() if _applies(name)},
@@ -157,7 +158,8 @@ def _applies(feature: str) -> bool:
     return (feature in _X86_ONLY) == is_x86
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -342,6 +344,7 @@ def render(found: dict[str, Any]) -> str:
         "threads": _thread_lines(found["threads"], found["blas"]),
         "GPU": [("in use", "no"), ("devices", ", ".join(found["gpu"]["devices"]) or "none")],
         "compiled kernels": _cache_lines(found["cache"]),
+        "measured times": [("file", found["tuning"]["file"]), ("convolutions", found["tuning"]["entries"])],
         "options": [(name, f"{o['value']!r} ({o['from']})") for name, o in found["options"].items()],
     }
     lines = []

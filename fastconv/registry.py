@@ -127,19 +127,19 @@ def on(device: str) -> list[Algorithm]:
 
 
 def named(name: Any, device: str) -> list[Algorithm]:
-    """Return the algorithms that `name` means on a device: all for "auto", a family's variants, or one.
+    """Return the algorithms that `name` means on a device: all for "auto" and "tune", a family's variants, or one.
 
     The list is empty if the name is a known family that the device has no algorithm of.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError(f"algorithm must be a string, not {name!r}")
     here = on(device)
-    if name == "auto":
+    if name in ("auto", "tune"):
         return here
     chosen = [a for a in here if a.name == name] or [a for a in here if a.family == name]
     known = {a.name for a in _algorithms.values()} | set(FAMILIES)
     if not chosen and name not in known:
-        names = dict.fromkeys(["auto", *FAMILIES, *(a.name for a in _algorithms.values())])
+        names = dict.fromkeys(["auto", "tune", *FAMILIES, *(a.name for a in _algorithms.values())])
         raise ArgumentError(f"algorithm must be one of {', '.join(map(repr, names))}, not {name!r}")
     return chosen
 

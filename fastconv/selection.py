@@ -1,14 +1,15 @@
-"""Choosing an algorithm, per call: by name, or the one predicted to be fastest among those that may be used."""
+"""Choosing an algorithm, per call: by name, or the fastest, as measured or predicted, of those that may be used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import config, registry
+from . import config, registry, tuning
 from .arrays import compute_dtype
 from .errors import ArgumentTypeError, UnsupportedError, WorkspaceLimitError
 from .geometry import DIRECTIONS, ConvGeometry, one_of
@@ -37,6 +38,8 @@ class Candidate:
         Including the float32 copies of half-precision operands and the padded input of a padding mode.
     seconds : float or None
         Predicted time.
+    measured : float or None
+        Time measured on this machine, where the convolution has been tuned.
     chosen : bool
         Whether algorithm="auto" takes it.
     """
@@ -46,6 +49,7 @@ class Candidate:
     reason: str
     workspace_bytes: int | None
     seconds: float | None
+    measured: float | None
     chosen: bool
 
 
@@ -90,7 +94,7 @@ def choose(
     stored : "channels_first" or "channels_last"
         How the arrays lie in memory.
     algorithm : str
-        "auto" (or the option of that name), a family or a variant.
+        "auto" (or the option of that name), "tune" (measure what has not been, then as "auto"), a family or a variant.
     precision : str or None
         None: the option of that name.
 
@@ -108,7 +112,7 @@ def choose(
     registry.named(algorithm, device)
     return _choose(
         geometry, direction, stored, device, algorithm, precision, config.get("workspace_limit"),
-        _thread_count(device), _registered(device),
+        _thread_count(device), _registered(device), tuning.changes,
     )  # fmt: skip
 
 
@@ -140,11 +144,12 @@ def _choose(
     limit: int,
     threads: int,
     registered: tuple[Algorithm, ...],
+    changes: int,
 ) -> Choice:
     inner = lifted(geometry, stored)
     room = limit - staging_bytes(geometry)
     refusals: list[str] = []
-    choices: list[tuple[float, Choice]] = []
+    choices: list[Choice] = []
     smallest: tuple[int, Choice] | None = None
     for algorithm in registry.named(name, device):
         refusal = _refusal(algorithm, inner, direction, precision)
@@ -159,13 +164,16 @@ def _choose(
         if smallest is None or size < smallest[0]:
             smallest = size, choice
         if size <= room:
-            choices.append((algorithm.seconds(inner, direction, threads), choice))
+            choices.append(choice)
     if choices:
-        return min(choices, key=lambda pair: pair[0])[1]
+        entry = tuning.key(inner, geometry.dtype, direction, device, threads, precision)
+        if name == "tune" and len(choices) > 1:
+            tuning.tune(entry, geometry.dtype, direction, choices)
+        return _fastest(choices, tuning.times(entry), direction, threads)
     if smallest is None:
         why = "; ".join(refusals) or f"there is no such algorithm on the {device} yet"
         raise UnsupportedError(f"algorithm={name!r} cannot compute this {direction}: {why}")
-    if name == "auto":
+    if name in ("auto", "tune"):
         # A valid call never fails for want of a few rows: the frugal algorithm runs.
         return smallest[1]
     needed = smallest[0] + limit - room
@@ -175,6 +183,14 @@ def _choose(
         needed,
         limit,
     )
+
+
+def _fastest(choices: list[Choice], measured: Mapping[str, float], direction: str, threads: int) -> Choice:
+    """Return the fastest of those measured, or the one predicted to be if none is: the two do not compare."""
+    known = [choice for choice in choices if choice.algorithm.name in measured]
+    if known:
+        return min(known, key=lambda choice: measured[choice.algorithm.name])
+    return min(choices, key=lambda choice: choice.algorithm.seconds(choice.geometry, direction, threads))
 
 
 def _refusal(algorithm: Algorithm, inner: ConvGeometry, direction: str, precision: str) -> str:
@@ -225,20 +241,22 @@ def algorithms(
     here = registry.on(device)
     best = None
     if here:
-        chosen = _choose(geometry, direction, stored, device, "auto", level, limit, threads, tuple(here))
-        best = chosen.algorithm.name
+        how = (direction, stored, device, "auto", level, limit, threads, tuple(here), tuning.changes)
+        best = _choose(geometry, *how).algorithm.name
+    measured = tuning.times(tuning.key(inner, geometry.dtype, direction, device, threads, level))
     found = []
     for algorithm in here:
         reason = "there is nothing to compute" if geometry.is_empty else ""
         reason = reason or _refusal(algorithm, inner, direction, level)
         if reason:
-            found.append(Candidate(algorithm.name, False, reason, None, None, False))
+            found.append(Candidate(algorithm.name, False, reason, None, None, None, False))
             continue
         size = staging + registry.workspace_bytes(algorithm.workspace(inner, direction, max(limit - staging, 0)))
         if size > limit:
             reason = f"needs {size} bytes of workspace, more than the limit of {limit}"
         seconds = algorithm.seconds(inner, direction, threads)
-        found.append(Candidate(algorithm.name, not reason, reason, size, seconds, algorithm.name == best))
+        name = algorithm.name
+        found.append(Candidate(name, not reason, reason, size, seconds, measured.get(name), name == best))
     return found
 
 
@@ -263,19 +281,22 @@ def explain(
         f"conv{g.spatial_dims}d {direction}: x {g.x_shape}, weight {g.weight_shape} -> {g.output_shape}, "
         f"{_scaled(g.flops, 1000, ('FLOP', 'kFLOP', 'MFLOP', 'GFLOP', 'TFLOP'))}, {_bytes(g.bytes)}, {g.dtype}"
     )
-    rows = [("algorithm", "workspace", "predicted", "")]
+    rows = [("algorithm", "workspace", "predicted", "measured", "")]
     for c in found:
         size = "-" if c.workspace_bytes is None else _bytes(c.workspace_bytes)
-        time = "-" if c.seconds is None else f"{c.seconds * 1e3:.3f} ms"
-        rows.append((c.name, size, time, "<- auto" if c.chosen else c.reason))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        rows.append((c.name, size, _time(c.seconds), _time(c.measured), "<- auto" if c.chosen else c.reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
-        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {time:>{widths[2]}}  {note}".rstrip()
-        for name, size, time, note in rows
+        "  ".join([f"{name:<{widths[0]}}", *(f"{n:>{w}}" for n, w in zip(numbers, widths[1:])), note]).rstrip()
+        for name, *numbers, note in rows
     ]
     if not found:
         lines = [f"there are no algorithms on the device {device!r} yet"]
     return "\n".join([title, *lines])
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:

@@ -22,6 +22,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what has been measured on this machine out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCONV_CACHE_DIR", str(tmp_path_factory.mktemp("tuning")))
+        yield
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill fresh outputs and workspaces with NaN: what an algorithm does not write shows."""

@@ -335,7 +335,8 @@ HERE = Path(__file__).parent
 def run_python(script: str, *, timeout: float = 240, flags: tuple[str, ...] = (), **environment: str | None) -> str:
     """Run a script in a fresh interpreter, warnings being errors; return what it prints. None unsets a variable."""
     values = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), **environment}
-    for name in [name for name in values if name.startswith("FASTCONV_") and name not in environment]:
+    kept = {"FASTCONV_CACHE_DIR", *environment}
+    for name in [name for name in values if name.startswith("FASTCONV_") and name not in kept]:
         del values[name]
     command = [sys.executable, "-W", "error", *flags, "-c", script]
     try:

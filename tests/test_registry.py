@@ -116,7 +116,7 @@ def test_a_new_algorithm_is_listed_and_explained():
     assert sum(c.chosen for c in fastconv.algorithms(GEOMETRY)) == 1
     table = fastconv.explain(GEOMETRY)
     (line,) = [line for line in table.splitlines() if line.startswith("toy ")]
-    assert line.split() == ["toy", "40", "B", "0.000", "ms", "<-", "auto"]
+    assert line.split() == ["toy", "40", "B", "0.000", "ms", "-", "<-", "auto"]
 
 
 @pytest.mark.usefixtures("toy")
@@ -180,7 +180,7 @@ def test_after_unregistering_nothing_is_left(monkeypatch):
     registry.unregister("toy", "cpu")
     assert "toy" not in {a.name for a in registry.on("cpu")}
     x, weight, bias = operands()
-    with pytest.raises(fastconv.ArgumentError, match=r"algorithm must be one of 'auto', 'direct', .*, not 'toy'"):
+    with pytest.raises(fastconv.ArgumentError, match=r"algorithm must be one of 'auto', 'tune', 'direct', .*, not 'toy'"):
         fastconv.conv2d(x, weight, bias, groups=2, algorithm="toy")
     fastconv.conv2d(x, weight, bias, groups=2)
 

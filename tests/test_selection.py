@@ -280,7 +280,7 @@ def test_the_table_says_what_the_list_says(direction):
         title, header, *lines = fastconv.explain(geometry, direction=direction).splitlines()
         rows = fastconv.algorithms(geometry, direction=direction)
         assert title.startswith(f"conv{case.spatial_dims}d {direction}: x {geometry.x_shape}")
-        assert header.split() == ["algorithm", "workspace", "predicted"]
+        assert header.split() == ["algorithm", "workspace", "predicted", "measured"]
         assert [line.split()[0] for line in lines] == [c.name for c in rows]
         assert [line.endswith("<- auto") for line in lines] == [c.chosen for c in rows]
 

@@ -184,7 +184,7 @@ def _digest_of_sources() -> str:
 
 
 # A kernel contains the code of the functions it calls in other files. Taken at import, when those are read too.
-_SOURCES_DIGEST = _digest_of_sources()
+SOURCES_DIGEST = _digest_of_sources()
 
 
 @lru_cache(maxsize=16)
@@ -197,7 +197,7 @@ class _DiskCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        stamp = (numba.__version__, self._impl.locator.get_source_stamp(), _SOURCES_DIGEST)
+        stamp = (numba.__version__, self._impl.locator.get_source_stamp(), SOURCES_DIGEST)
         self._cache_file: Any = _CacheFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:

@@ -72,7 +72,7 @@ def convNd(
         Divides C and K; group i of the filters sees group i of the channels.
     padding_mode : "zeros", "reflect", "symmetric", "replicate" or "circular"
     activation : None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh"
-    algorithm : "auto", "direct", "im2col", "implicit_gemm", "winograd", "fft", "depthwise" or a variant
+    algorithm : "auto", "tune", "direct", "im2col", "implicit_gemm", "winograd", "fft", "depthwise" or a variant
     precision : "highest", "high" or "medium", optional
         Promise about float32 results: RMS error over RMS of at most 1e-6, 2e-5, 5e-3.
     out : array, optional

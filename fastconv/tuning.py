@@ -1,0 +1,306 @@
+"""Measured times of algorithms, kept on disk: they overrule the prediction wherever there are any.
+
+``algorithm="tune"`` and ``fastconv tune`` measure every algorithm that may compute a convolution, once, and record the
+seconds in one JSON file per machine signature (CPU, instruction set, cores, versions, kernel sources)::
+
+    {"machine": {...}, "entries": {"cpu forward float32 channels_last n8 c64 ...": {"direct": 0.011, ...}}}
+
+The file lies in FASTCONV_CACHE_DIR, or else in the user's cache directory. It is read at the first convolution of a
+process, and after that only to be merged with what other processes have written: within a process a choice changes
+by its own tuning alone. A damaged or foreign file is set aside; where nothing can be written, memory serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ._version import __version__
+from .geometry import ConvGeometry
+
+Entries = dict[str, dict[str, float]]
+
+# A candidate is timed until it has taken so long and often, or longest; a call that takes longer is timed once.
+# The first call of any process compiles, and cannot be cut short.
+SHORTEST, FEWEST, LONGEST = 0.02, 5, 0.3
+# Seconds to wait for another process that writes.
+PATIENCE = 10.0
+
+# How often the known times have changed: what has been chosen by older ones is chosen anew.
+changes = 0
+
+_turn = threading.RLock()
+_known: Entries | None = None
+
+
+def _after_fork_in_child() -> None:
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# --- what is known ---------------------------------------------------------------------------------------------
+
+
+def key(inner: ConvGeometry, dtype: np.dtype, direction: str, device: str, threads: int, precision: str) -> str:
+    """Return the name of an entry: a lifted geometry, the caller's dtype, and what else a time depends on."""
+    sizes = {
+        "in": inner.input_size, "kernel": inner.kernel_size, "out": inner.output_size, "stride": inner.stride,
+        "pad": [f"{before}+{after}" for before, after in inner.padding], "dilation": inner.dilation,
+    }  # fmt: skip
+    words = [f"{name}={'x'.join(map(str, values))}" for name, values in sizes.items()]
+    channels = f"n={inner.batch} c={inner.in_channels} k={inner.out_channels} groups={inner.groups}"
+    return " ".join(
+        [device, direction, str(dtype), inner.data_format, channels, *words, f"threads={threads}", precision]
+    )
+
+
+def times(entry: str) -> Mapping[str, float]:
+    """Return the measured seconds of algorithms, by name; empty if there are none."""
+    return _loaded().get(entry, {})
+
+
+def count() -> int:
+    """Return how many convolutions have been measured on this machine."""
+    return len(_loaded())
+
+
+def entries() -> Entries:
+    """Return all that is known on this machine."""
+    return {name: dict(found) for name, found in _loaded().items()}
+
+
+def _loaded() -> Entries:
+    global _known
+    if _known is None:
+        _known = _read()
+    return _known
+
+
+def record(entry: str, measured: Mapping[str, float]) -> None:
+    """Keep measured seconds, in memory and in the file."""
+    global changes
+    with _turn:
+        known = _loaded()
+        known[entry] = {**known.get(entry, {}), **measured}
+        changes += 1
+        _update_file(lambda there: {**known, **there, entry: {**there.get(entry, {}), **measured}})
+
+
+def reload() -> None:
+    """Read the file anew at the next convolution: other processes may have measured more."""
+    global _known, changes
+    with _turn:
+        _known = None
+        changes += 1
+
+
+def clear() -> None:
+    """Forget everything measured on this machine, in memory and in the file."""
+    global changes
+    with _turn:
+        _loaded().clear()
+        changes += 1
+        _update_file(lambda there: {})
+
+
+# --- the file --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict[str, Any]:
+    """Return what the times depend on beside the convolution: the signature of the file."""
+    import numba
+
+    from . import info
+    from .cpu.compile import SOURCES_DIGEST
+    from .cpu.simd import instruction_set
+
+    return {
+        "cpu": info.cpu_model(),
+        "instruction_set": instruction_set(),
+        "cores": info.cores_available(),
+        "fastconv": __version__,
+        "kernels": SOURCES_DIGEST[:16],
+        "numba": numba.__version__,
+    }
+
+
+def file() -> Path:
+    """Return where measured times are kept on this machine."""
+    digest = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()
+    return directory() / f"tuning-{digest[:16]}.json"
+
+
+def directory() -> Path:
+    """Return FASTCONV_CACHE_DIR, or the directory that the system has for caches of a user."""
+    if given := os.environ.get("FASTCONV_CACHE_DIR"):
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastconv" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fastconv"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
+
+
+def _read() -> Entries:
+    """Return the entries of the file; one that cannot be used is renamed, with a warning."""
+    path = file()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check(content)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        _warn_once(f"measured times in {path} cannot be read ({error})")
+        return {}
+    except ValueError as error:
+        _set_aside(path, error)
+        return {}
+    return content["entries"]
+
+
+def _check(content: Any) -> None:
+    if not isinstance(content, dict) or not isinstance(content.get("entries"), dict):
+        raise ValueError("it holds no entries")
+    if content.get("machine") != machine():
+        raise ValueError("it is of another machine or version")
+    for name, found in content["entries"].items():
+        if not isinstance(found, dict) or not all(_is_time(seconds) for seconds in found.values()):
+            raise ValueError(f"its entry {name!r} holds no times")
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+    try:
+        path.replace(aside)
+        where = f"set aside as {aside.name}"
+    except OSError:
+        where = "left alone"
+    warnings.warn(f"measured times in {path} are not used but {where}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _update_file(change: Callable[[Entries], Entries]) -> None:
+    """Replace the file's entries in one step, while no other process does."""
+    from filelock import FileLock
+
+    path = file()
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=PATIENCE):
+            content = {"machine": machine(), "entries": change(_read())}
+            try:
+                fresh.write_text(json.dumps(content, indent=1), encoding="utf-8")
+                fresh.replace(path)
+            finally:
+                fresh.unlink(missing_ok=True)
+    except (OSError, NotImplementedError) as error:
+        _warn_once(f"measured times cannot be kept in {path.parent} ({error}); they hold for this process")
+
+
+@lru_cache(maxsize=16)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------
+
+
+def tune(entry: str, dtype: np.dtype, direction: str, choices: Collection[Any]) -> None:
+    """Measure those of the choices that the entry lacks, and record them.
+
+    Parameters
+    ----------
+    entry : str
+        Of :func:`key`.
+    dtype : numpy.dtype
+        Of x: the geometry that an algorithm sees has only the one it computes in.
+    choices : collection of selection.Choice
+        Algorithms that may compute one and the same convolution.
+    """
+    with _turn:
+        known, names = dict(times(entry)), {c.algorithm.name for c in choices}
+        if names <= set(known):
+            return
+        # Another process may have measured it meanwhile.
+        known = {**_read().get(entry, {}), **known}
+        missing = [c for c in choices if c.algorithm.name not in known]
+        if missing:
+            operands = _operands(missing[0].geometry, dtype, direction)
+            known.update(_measure({c.algorithm.name: _call(c, direction, operands) for c in missing}))
+        record(entry, known)
+
+
+def _operands(geometry: ConvGeometry, dtype: np.dtype, direction: str) -> list[np.ndarray]:
+    """Return arrays as an algorithm takes them: two to read and one to write."""
+    g, rng = geometry, np.random.default_rng(0)
+    x_dtype = dtype if g.dtype.kind in "iu" else g.dtype
+    arrays = {
+        "x": _random(rng, g.x_shape, x_dtype),
+        "weight": _random(rng, g.weight_shape, g.dtype),
+        "y": _random(rng, g.output_shape, g.dtype),
+    }
+    order = {"forward": ("x", "weight", "y"), "input_grad": ("y", "weight", "x"), "weight_grad": ("y", "x", "weight")}
+    return [arrays[name] for name in order[direction]]
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if dtype.kind in "iu":
+        return rng.integers(0, 8, shape).astype(dtype)
+    return rng.standard_normal(shape, dtype)
+
+
+def _call(choice: Any, direction: str, operands: list[np.ndarray]) -> Callable[[], None]:
+    from .cpu.workspace import workspace
+
+    run = getattr(choice.algorithm.implementation, direction)
+    first, second, out = operands
+    middle = (None, None) if direction == "forward" else ()
+
+    def call() -> None:
+        with workspace(choice.buffers) as lent:
+            run(choice.geometry, first, second, *middle, out, lent)
+
+    return call
+
+
+def _measure(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Return seconds by name: the better of two medians, in turns, since other work on the machine comes and goes."""
+    found = {name: _seconds(call) for name, call in calls.items()}
+    for name, call in calls.items():
+        if found[name] < LONGEST:
+            found[name] = min(found[name], _seconds(call))
+    return found
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """Return the median time of a call that has run once: to compile, and to be warm."""
+    call()
+    found: list[float] = []
+    while not found or (sum(found) < LONGEST and (len(found) < FEWEST or sum(found) < SHORTEST)):
+        start = perf_counter()
+        call()
+        found.append(perf_counter() - start)
+    return float(f"{max(median(found), 1e-9):.4g}")
