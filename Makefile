@@ -7,10 +7,10 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test lint format types bench gpu-check clean
+.PHONY: help env compare test lint format types bench panel bench-check gpu-check clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -43,6 +43,12 @@ types: $(STAMP)  ## check types
 bench: $(STAMP)  ## run the pytest-benchmark suites (ARGS="-k mnist ...")
 	$(BIN)/python -m pytest benchmarks -p benchmark --benchmark-group-by=group \
 	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+panel: $(STAMP)  ## time the panel of layers against PyTorch; goes on where it stopped (ARGS="--minutes 5")
+	$(BIN)/python -m benchmarks.panel $(ARGS)
+
+bench-check: $(STAMP)  ## name what got slower against PyTorch than the committed results say (ARGS="--all")
+	@$(BIN)/python -m benchmarks.panel --check $(ARGS)
 
 clean:  ## remove caches and the environment
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

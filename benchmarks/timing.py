@@ -41,7 +41,10 @@ class Timing:
 
 
 def measure(
-    calls: Mapping[Any, Callable[[], Any]], budget: float, clock: Callable[[], float] = perf_counter
+    calls: Mapping[Any, Callable[[], Any]],
+    budget: float,
+    clock: Callable[[], float] = perf_counter,
+    thorough: bool = False,
 ) -> dict[Any, Timing]:
     """Time callables that have each run once already.
 
@@ -50,6 +53,8 @@ def measure(
     calls : mapping of key to callable
     budget : float
         Seconds for each callable. The number of repeats follows from it; one that takes longer runs once.
+    thorough : bool
+        However long a callable takes, every one of its blocks has a call to warm up and one that counts.
 
     Returns
     -------
@@ -59,16 +64,16 @@ def measure(
     spent = dict.fromkeys(calls, 0.0)
     for _ in range(BLOCKS):
         for key, call in calls.items():
-            if samples[key] and spent[key] >= budget:
+            if samples[key] and spent[key] >= budget and not thorough:
                 continue
             start = clock()
             with _no_collection():
-                samples[key] += _block(call, budget / BLOCKS, clock)
+                samples[key] += _block(call, budget / BLOCKS, clock, thorough)
             spent[key] += clock() - start
     return {key: Timing.of(found) for key, found in samples.items()}
 
 
-def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float]) -> list[float]:
+def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float], thorough: bool) -> list[float]:
     start = before = clock()
     while True:
         call()
@@ -76,7 +81,7 @@ def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float]) 
         once, before = now - before, now
         if now - start >= WARM_SHARE * seconds:
             break
-    if once >= seconds:
+    if once >= seconds and not thorough:
         # It warmed itself up, and is too long to repeat.
         return [once]
     number = max(1, int(SHORTEST / max(once, 1e-9)))

@@ -4,14 +4,21 @@ Sources: VGG-16 (Simonyan & Zisserman 2015, configuration D); ResNet-50 (He et a
 layers, as most libraries have it); AlexNet (Krizhevsky et al. 2012, two groups as on its two GPUs); MobileNet
 (Howard et al. 2017, width 1, 224 pixels); `mnist` and `fashion`, the small networks of the examples. `tour` takes one
 layer of each kind: it is what the command shows when asked for nothing in particular.
+
+`panel` is ``panel.csv``: the distinct layers of AlexNet, MobileNet (pointwise and depthwise apart), ResNet-50 (with the
+stride in the 1x1 layers, as in the paper), VGG-19, the ConvNet benchmarks (Chintala 2014), the networks of the examples
+and LeNet-5; and kinds of layers that those lack: wide depthwise kernels (ConvNeXt, Liu et al. 2022; RepLKNet, Ding et
+al. 2022), dilated ones (DeepLab, Chen et al. 2017), groups (ResNeXt, Xie et al. 2017), and one of 63x63.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastconv.geometry import ConvGeometry
@@ -203,6 +210,32 @@ def network(name: str, batch: int | None = None, layers: str | None = None) -> l
     if not chosen:
         raise ValueError(f"no layer of {name} matches {layers!r}; they are {', '.join(w.name for w in found)}")
     return chosen if batch is None else [w.with_batch(batch) for w in chosen]
+
+
+def panel() -> list[Workload]:
+    """Return the layers of ``panel.csv``."""
+    with (Path(__file__).parent / "panel.csv").open(newline="") as file:
+        return [_from_columns(row) for row in csv.DictReader(file)]
+
+
+def _from_columns(row: dict[str, str]) -> Workload:
+    N, C, H, W, K, R, S, groups = (int(row[name]) for name in ("n", "c", "h", "w", "k", "r", "s", "groups"))
+    stride, padding, dilation = ((int(row[f"{what}_h"]), int(row[f"{what}_w"])) for what in ("stride", "pad", "dil"))
+    shapes = (N, C, H, W), (K, C // groups, R, S)
+    return Workload(row["network"], row["layer"], *shapes, stride, padding, dilation, groups)
+
+
+def kind(workload: Workload) -> str:
+    """Return what sort of layer this is, which decides what bounds it."""
+    g = workload.geometry()
+    if g.groups > 1:
+        return "depthwise" if g.groups == g.in_channels else "grouped"
+    if g.in_channels <= 4:
+        return "first layer"
+    if math.prod(g.kernel_size) == 1:
+        return "1x1"
+    is_plain = set(g.kernel_size) == {3} and {*g.stride, *g.dilation} == {1}
+    return "3x3 stride 1" if is_plain else "other dense"
 
 
 def macs_per_image(workloads: list[Workload]) -> int:
