@@ -365,9 +365,8 @@ def _torch_twin(model: Any, state: dict[str, np.ndarray]) -> Any:
     layer: Any
     for layer in model:
         if isinstance(layer, nn.Conv2d):
-            layers.append(
-                torch.nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
-            )
+            K, C, R, S = layer.weight.shape
+            layers.append(torch.nn.Conv2d(C, K, (R, S), padding=layer.padding))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Linear):
             layers.append(torch.nn.Linear(layer.in_features, layer.out_features))
         elif isinstance(layer, nn.MaxPool2d):

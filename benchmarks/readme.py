@@ -1,6 +1,8 @@
-"""Write the README's table of ratios from the committed results: ``python -m benchmarks.readme``.
+"""Write the README's tables of ratios from the committed results: ``python -m benchmarks.readme``.
 
-Every figure between the markers comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col,
+Those of the panel come from ``results/panel-*.json``, which ``make panel`` makes, one for each CPU.
+
+Every figure of the comparison of algorithms comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col,
 implicit_gemm and fft this makes one anew, in a process of its own, because the thread pools of Numba, BLAS and PyTorch
 disturb each other on few cores::
 
@@ -14,10 +16,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fastconv.geometry import DIRECTIONS
+
+from . import summary
+
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 README = ROOT.parent / "README.md"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+PANEL_BEGIN, PANEL_END = "<!-- panel:begin -->", "<!-- panel:end -->"
 ALGORITHMS = ("direct", "im2col", "implicit_gemm", "fft")
 
 
@@ -81,16 +88,66 @@ def _ratio(ratio: float | None) -> str:
     return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}" if ratio >= 0.01 else f"{ratio:.4f}"
 
 
-def rendered(readme: str, results: dict[str, Any]) -> str:
-    """Return the README with its table replaced."""
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{table(results)}\n{END}{tail}"
+def panel(results: dict[str, Any], file: str) -> str:
+    """Return the panel's results as Markdown: means by kind of work beside their targets, then every layer."""
+    machine, levels = results["machine"], summary.levels(results)
+    header, *rows = summary.table(results)
+    lost, wrong = summary.losses(results), summary.wrongs(results)
+    lines = [
+        f"`{file}`: {machine['cpu']} ({', '.join(machine['features'])}), {machine['threads']} threads,",
+        f"PyTorch {machine['versions']['torch']}. PyTorch's time over fastconv's, geometric means: of the better",
+        "layout of each, and with both in channels-first : channels-last. Some targets suppose AMX.",
+        "",
+        f"| {' | '.join(header)} |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        *(f"- {line}" for line in (*summary.training_lines(results), *summary.regret_lines(results))),
+        f"- {len(lost)} losses{', in bold below' if lost else ''}",
+        *(f"- not timed: {line}" for line in wrong),
+        "",
+        f"<details><summary>every layer, at {' / '.join(levels)}</summary>",
+        "",
+        f"| layer | {' | '.join(DIRECTIONS)} |",
+        "|---|---:|---:|---:|",
+        *_panel_layers(results, levels),
+        "",
+        "</details>",
+    ]
+    return "\n".join(lines)
+
+
+def _panel_layers(results: dict[str, Any], levels: list[str]) -> list[str]:
+    layers: dict[str, dict[str, str]] = {}
+    for cell in results["cells"]:
+        found = [summary.ratio(cell, level) for level in levels]
+        known = [f"**{summary.number(r.value)}**" if r.value < 1 else summary.number(r.value) for r in found if r]
+        shown = " / ".join(dict.fromkeys(known)) or "-"
+        # A training step has one direction, shown as the first.
+        direction = cell["direction"] if cell["direction"] in DIRECTIONS else DIRECTIONS[0]
+        layers.setdefault(f"{cell['network']} {cell['layer']}", {})[direction] = shown
+    return [f"| {name} | {' | '.join(row.get(d, '') for d in DIRECTIONS)} |" for name, row in layers.items()]
+
+
+def panels() -> str:
+    """Return the results of every CPU's file."""
+    files = sorted(RESULTS.glob("panel-*.json"))
+    found = [panel(json.loads(file.read_text()), file.name) for file in files]
+    return "\n\n".join(found) or "No file of results is committed yet: `make panel` makes one."
+
+
+def rendered(readme: str) -> str:
+    """Return the README with its tables replaced."""
+    for begin, end, text in ((BEGIN, END, table(load())), (PANEL_BEGIN, PANEL_END, panels())):
+        head, rest = readme.split(begin)
+        _, tail = rest.split(end)
+        readme = f"{head}{begin}\n{text}\n{end}{tail}"
+    return readme
 
 
 def main() -> None:
     """Rewrite the README."""
-    README.write_text(rendered(README.read_text(), load()))
+    README.write_text(rendered(README.read_text()))
 
 
 if __name__ == "__main__":

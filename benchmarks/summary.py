@@ -153,9 +153,7 @@ def losses(results: Record) -> list[tuple[Ratio, str, Record]]:
 def wrongs(results: Record) -> list[str]:
     """Return what was not timed because it was wrong or failed."""
     bad = [(cell, entry) for cell in results["cells"] for entry in cell["entries"] if entry["status"] != "ok"]
-    return [
-        f"{name(c)}: {e['provider']} {e['algorithm']} {e['data_format']} {e['status']}: {e['note']}" for c, e in bad
-    ]
+    return [f"{name(c)}: {who(e)} {e['status']}: {e['note']}" for c, e in bad]
 
 
 # --- text ------------------------------------------------------------------------------------------------------
@@ -230,10 +228,15 @@ def name(cell: Record) -> str:
     return f"{cell['network']} {cell['layer']} {cell['direction']}"
 
 
+def who(entry: Record) -> str:
+    """Return whose entry this is: the algorithm, or PyTorch, and the layout."""
+    return f"{entry['algorithm'] or entry['provider']} {entry['data_format'].removeprefix('channels_')}"
+
+
 def algorithm(cell: Record, level: str) -> str:
     """Return what fastconv took in its better layout."""
     ours = fastest(cell, level, "fastconv")
-    return "-" if ours is None else f"{ours['algorithm']} {ours['data_format'].removeprefix('channels_')}"
+    return "-" if ours is None else who(ours)
 
 
 def number(value: float | None) -> str:

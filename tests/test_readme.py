@@ -19,7 +19,7 @@ def test_the_figures_are_those_of_the_committed_results():
         from benchmarks import readme
     finally:
         sys.path.remove(str(ROOT))
-    assert readme.rendered(README, readme.load()) == README
+    assert readme.rendered(README) == README
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
