@@ -13,14 +13,34 @@ the same bits every time.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
+from ..registry import Buffer
 from . import threads
 from .compile import device, kernel, share, task
 from .memory import address
-from .simd import ELEMENTS, MAXIMUM, SUM, WIDE_SUM, element_lanes, integers, reduce_window
+from .simd import (
+    ADD_ALL,
+    ADD_MATCHING,
+    ELEMENTS,
+    LAST_MATCHING,
+    MAXIMUM,
+    SUM,
+    WIDE_SUM,
+    deposit,
+    element_lanes,
+    integer,
+    integers,
+    lay_out,
+    put_integer,
+    reduce_window,
+    spread_windows,
+    zero_bytes,
+)
+from .workspace import workspace
 
 # Channels that one task scatters: a cache line of float32.
 LANES = 16
@@ -30,6 +50,12 @@ SERIAL_BYTES = 64 * 1024
 MOST_STEP = 4
 # Taps of a window that are added up in the element's own precision.
 MOST_TAPS = 64
+# Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
+MOST_KERNEL, MOST_STRIDE = 5, 3
+# Elements laid out at a time: beyond that the second-level cache is long left.
+MOST_BUFFERED = 1 << 20
+# Indices from which windows are guessed.
+SAMPLES = 256
 
 
 def max_forward(x, windows, y, indices):
@@ -135,24 +161,224 @@ def _divisor(given, count_padding, padded, inside):
 
 def scatter_add(grad, indices, dx):
     """Add each gradient to the element its index names (-1: none); return False if an index is outside the plane."""
-    return _scattered(grad, indices, dx, True)
+    return _scattered(ADD_MATCHING, grad, indices, dx)
 
 
 def scatter(x, indices, y):
     """Write each value where its index says, the last one winning; return False if an index is outside the plane."""
-    return _scattered(x, indices, y, False)
+    return _scattered(LAST_MATCHING, x, indices, y)
 
 
-def _scattered(values, indices, target, add):
-    bad = np.zeros((len(values), -(-values.shape[-1] // LANES)), np.bool_)
-    _scatter(_flat(values), _flat(indices), _flat(target), bad, add)
-    return not bad.any()
+def _scattered(kind, values, indices, target):
+    windows = _guess(indices, target.shape[1:4]) if values.dtype.kind == "f" and values.size else None
+    wrong = np.zeros(threads.count(), np.int64)
+    _spread(kind, values, indices, windows, target, wrong, 1)
+    return not wrong.any()
 
 
-def _flat(array):
-    """(outer, D, H, W, inner) -> (outer, D*H*W, inner)."""
-    outer, D, H, W, inner = array.shape
-    return array.reshape(outer, D * H * W, inner)
+class _Regular(NamedTuple):
+    """Windows `kernel` long, `stride` apart, the first of them from `first` on, along D, H and W each."""
+
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    firsts: tuple[int, ...]
+
+    def is_unrolled(self):
+        """Whether there is a kernel for them: square ones along H and W."""
+        return (
+            self.kernels[1] == self.kernels[2] <= MOST_KERNEL
+            and self.strides[1] == self.strides[2] <= min(MOST_STRIDE, self.kernels[2])
+        )  # fmt: skip
+
+
+def _guess(indices, sizes):
+    """Return the windows that some of the indices can come from, or None. The others need not."""
+    found = np.empty(9, np.int64)
+    _, O, P, Q, inner = indices.shape
+    _sample(1, address(indices), indices.size, O, P, Q, inner, *sizes, address(found))
+    kernels, strides, firsts = found.reshape(3, 3).tolist()
+    # One number for height and width, if need be with windows larger than they are.
+    if strides[1] == strides[2]:
+        kernels[1] = kernels[2] = max(*kernels[1:], strides[2])
+    windows = _Regular(tuple(kernels), tuple(strides), tuple(firsts))
+    return windows if windows.is_unrolled() else None
+
+
+@task
+def _sample(arguments, chunk):
+    """Find kernel, stride and beginning of the windows along each dimension from at most SAMPLES indices."""
+    _, where, size, O, P, Q, inner, D, H, W, found = integers(arguments, 0, 11)
+    # Odd, so that all columns have their turn.
+    step = (size // SAMPLES) | 1
+    for axis in range(3):
+        extent, count = (D, O) if axis == 0 else (H, P) if axis == 1 else (W, Q)
+        stride, first, last = max(extent // count, 1), extent, -extent
+        wider_first, wider_last = extent, -extent
+        for i in range(0, size, step):
+            position, cell = integer(where, i), i // inner
+            if np.uint64(position) < np.uint64(D * H * W):
+                at = position // (H * W) if axis == 0 else position // W % H if axis == 1 else position % W
+                window = cell // (P * Q) % O if axis == 0 else cell // Q % P if axis == 1 else cell % Q
+                offset = at - window * stride
+                first, last = min(first, offset), max(last, offset)
+                wider_first, wider_last = min(wider_first, offset - window), max(wider_last, offset - window)
+        # The right stride is that of the narrower windows.
+        if wider_last - wider_first < last - first:
+            stride, first, last = stride + 1, wider_first, wider_last
+        put_integer(found, axis, last - first + 1)
+        put_integer(found, 3 + axis, stride)
+        put_integer(found, 6 + axis, first)
+
+
+class _Plan(NamedTuple):
+    """Where windows lie in a buffer: rows and columns of them, and how many elements that is.
+
+    Windows that begin at h0 to h1 and w0 to w1 (counted in windows) reach all elements; there and before them, and
+    beside those there are, the buffer holds zeros.
+    """
+
+    h0: int
+    h1: int
+    w0: int
+    w1: int
+    top: int
+    rows: int
+    left: int
+    columns: int
+    size: int
+
+
+@lru_cache(maxsize=1024)
+def _plan(windows, lanes, across, pooled, sizes):
+    """Return the plan of a plane, or of an image's `lanes` channels."""
+    kernel, stride = windows.kernels[2], windows.strides[2]
+    earlier, step = (kernel - 1) // stride, lanes if across else 1
+    starts = [-((first + stride - 1) // stride) for first in windows.firsts]
+    ends = [(size - 1 - first) // stride + 1 for size, first in zip(sizes, windows.firsts)]
+    top, left = (min(0, start - earlier) for start in starts[1:])
+    right = max(-(-pooled[2] // step) * step, starts[2] + -(-(ends[2] - starts[2]) // step) * step)
+    rows, columns = max(pooled[1], ends[1]) - top, right - left
+    size = pooled[0] * rows * columns * (1 if across else lanes)
+    return _Plan(starts[1], ends[1], starts[2], ends[2], top, rows, left, columns, size)
+
+
+def _spread(kind, values, indices, windows, target, wrong, divisor):
+    """Spread what each window has over `target`: by its windows if they are given, else by index.
+
+    `wrong` becomes not zero where an index is outside the plane.
+    """
+    outer, *pooled, inner = values.shape
+    sizes = target.shape[1:4]
+    element, across = ELEMENTS.index(values.dtype.name), inner == 1
+    lanes = element_lanes(element)
+    plan = _plan(windows, lanes, across, tuple(pooled), sizes) if windows else _Plan(*[0] * 9)
+    if plan.size > MOST_BUFFERED and kind != ADD_ALL:
+        windows, plan = None, _Plan(*[0] * 9)
+    chunks = min(threads.count(), max(outer * -(-inner // lanes), 1)) if target.nbytes >= SERIAL_BYTES else 1
+    kernel, stride = (windows.kernels[2], windows.strides[2]) if windows else (0, 1)
+    along_depth = (windows.kernels[0], windows.strides[0]) if windows else (0, 0)
+    firsts = windows.firsts if windows else (0, 0, 0)
+    buffers = {
+        "values": Buffer((chunks, plan.size), values.dtype),
+        "numbers": Buffer((chunks, plan.size), np.dtype(np.int32)),
+    }
+    with workspace(buffers) as lent:
+        _spreading(kind, element, values.itemsize, kernel, stride, across)(
+            chunks, address(values), 0 if indices is None else address(indices), address(target),
+            0 if wrong is None else address(wrong), address(lent["values"]), address(lent["numbers"]),
+            outer, inner, *pooled, *sizes, *along_depth, *firsts, *plan, divisor,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _spreading(kind, element, itemsize, kernel, stride, across):
+    """Return the task that spreads square windows of one size; kernel 0: that scatters by index."""
+    KIND, ELEMENT, SIZE, KERNEL, STRIDE = kind, element, itemsize, kernel, stride
+    ACROSS, LANES, ADDS = int(across), element_lanes(element), int(kind == ADD_MATCHING)
+    # Elements from one window to the next in the buffer, and windows in a vector.
+    CELL, STEP = (1, LANES) if across else (LANES, 1)
+
+    @device
+    def lay_out_all(arguments, values_at, where_at, to_values, to_numbers, count):
+        """Lay out a plane, or some channels of an image; return how many indices are inside the plane."""
+        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
+        top, rows, left, columns = integers(arguments, 24, 4)
+        valid = 0
+        for o in range(O):
+            for p in range(P):
+                for q in range(0, Q, STEP):
+                    at = ((o * P + p) * Q + q) * inner
+                    cell = ((o * rows + p - top) * columns + q - left) * CELL
+                    valid += lay_out(
+                        KIND, ELEMENT, LANES, values_at + at * SIZE, where_at + at * 8, min(count, Q - q) if ACROSS else count,
+                        D * H * W, to_values + cell * SIZE, to_numbers + cell * 4,
+                    )  # fmt: skip
+        return valid
+
+    @device
+    def spread(arguments, values, numbers, target, count):
+        """Write the elements that all windows reach; return how many values found theirs."""
+        inner, O, P, Q, D, H, W, d_kernel, d_stride, d_first, h_first, w_first = integers(arguments, 8, 12)
+        h0, h1, w0, w1, top, rows, left, columns, _, divisor = integers(arguments, 20, 10)
+        found = 0
+        for d in range(D):
+            o0 = max(-((d_kernel - 1 + d_first - d) // d_stride), 0)
+            o1 = min((d - d_first) // d_stride + 1, O)
+            for p in range(h0, h1):
+                h = p * STRIDE + h_first
+                for q in range(w0, w1, STEP):
+                    w = q * STRIDE + w_first
+                    cell = ((o0 * rows + p - top) * columns + q - left) * CELL
+                    at = (d * H + h) * W + w
+                    found += spread_windows(
+                        KIND, ELEMENT, LANES, ACROSS, KERNEL, STRIDE, values + cell * SIZE, numbers + cell * 4,
+                        max(o1 - o0, 0), rows * columns * CELL, columns * CELL, CELL, at + 1, h, H, w, W, count,
+                        target + at * inner * SIZE, W * inner * SIZE, inner * SIZE, float(divisor),
+                    )  # fmt: skip
+        return found
+
+    @device
+    def scatter_plane(arguments, values_at, where_at, target_at, count):
+        """Scatter by index, in scan order; return whether one is outside the plane."""
+        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
+        # Zeros are still in the cache when they are added to.
+        for i in range(1 if ACROSS else D * H * W):
+            zero_bytes(target_at + i * inner * SIZE, D * H * W * SIZE if ACROSS else count * SIZE)
+        wrong = False
+        for i in range(O * P * Q):
+            for c in range(count):
+                position = integer(where_at, i * inner + c)
+                if np.uint64(position) < np.uint64(D * H * W):
+                    source, to = (i * inner + c) * SIZE, (position * inner + c) * SIZE
+                    deposit(ELEMENT, ADDS, values_at + source, target_at + to)
+                else:
+                    wrong |= (not ADDS) | (position != -1)
+        return wrong
+
+    @task
+    def spreading(arguments, chunk):
+        """Planes, or vectors of channels."""
+        chunks, source, where, target, bad, values, numbers, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
+        size = integer(arguments, 28)
+        values, numbers = values + chunk * size * SIZE, numbers + chunk * size * 4
+        zero_bytes(values if KIND == ADD_ALL else numbers, size * (SIZE if KIND == ADD_ALL else 4))
+        blocks = (inner + LANES - 1) // LANES
+        begin, end = share(outer * blocks, chunk, chunks)
+        for job in range(begin, end):
+            n, c = job // blocks, job % blocks * LANES
+            count, at = min(LANES, inner - c), n * O * P * Q * inner + c
+            channels = LANES if ACROSS else count
+            target_at = target + (n * D * H * W * inner + c) * SIZE
+            found = 0
+            if KERNEL > 0:
+                valid = lay_out_all(arguments, source + at * SIZE, where + at * 8, values, numbers, channels)
+                if valid == O * P * Q * count:
+                    found = spread(arguments, values, numbers, target_at, channels)
+            if KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count):
+                if scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count):
+                    put_integer(bad, chunk, 1)
+
+    return spreading
 
 
 def gather(values, indices, out):
@@ -166,31 +392,6 @@ def average_backward(grad, windows, dx, count_padding, divisor):
     """Write the gradient of the average with respect to its input to `dx`."""
     dx[...] = 0
     _average_backward(grad, *windows, dx, count_padding, divisor)
-
-
-@kernel
-def _scatter(values, indices, target, bad, add):
-    outer, L, inner = values.shape
-    positions, blocks = target.shape[1], bad.shape[1]
-    for job in prange(outer * blocks):
-        n, start = job // blocks, job % blocks * LANES
-        end = min(start + LANES, inner)
-        # Zeros are still in the cache when they are added to.
-        for i in range(positions):
-            for c in range(start, end):
-                target[n, i, c] = 0
-        wrong = False
-        for i in range(L):
-            for c in range(start, end):
-                position = indices[n, i, c]
-                if np.uint64(position) < np.uint64(positions):
-                    if add:
-                        target[n, position, c] += values[n, i, c]
-                    else:
-                        target[n, position, c] = values[n, i, c]
-                else:
-                    wrong |= (not add) | (position != -1)
-        bad[n, start // LANES] = wrong
 
 
 @kernel

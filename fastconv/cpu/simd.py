@@ -124,6 +124,17 @@ def integer(typing_context, place, at):
 
 
 @intrinsic
+def put_integer(typing_context, place, at, value):
+    """Write the int64 number `at` those at an address."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def call(typing_context, function, arguments, chunk):
     """Call the function at an address with two int64 arguments."""
 
@@ -836,3 +847,205 @@ class _Window:
             if self.positions.element.width < 64:
                 numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
             _masked_store(builder, numbers, builder.inttoptr(where, numbers.type.as_pointer()), self.mask)
+
+
+@intrinsic(prefer_literal=True)
+def deposit(typing_context, element, add, source, target):
+    """Write the element at one address to another, or with `add` add it to what is there."""
+    kind, adds = _element_type(element.literal_value)[0], add.literal_value
+
+    def generate(context, builder, signature, args):
+        source, target = (builder.inttoptr(place, kind.as_pointer()) for place in args[2:])
+        value = builder.load(source)
+        if adds:
+            plus = builder.add if isinstance(kind, ir.IntType) else builder.fadd
+            value = plus(builder.load(target), value)
+        builder.store(value, target)
+        return context.get_dummy_value()
+
+    return types.void(element, add, types.int64, types.int64), generate
+
+
+# What `spread_windows` does with the values of the windows an element is in.
+ADD_MATCHING, LAST_MATCHING, ADD_ALL = range(3)
+
+
+@intrinsic(prefer_literal=True)
+def lay_out(typing_context, kind, element, lanes, values, indices, count, plane, to_values, to_numbers):
+    """Lay out a vector for `spread_windows`: `count` values and their indices plus one, zeros from there on.
+
+    An index that is not in range(plane) becomes zero; returned is how many are.
+    """
+    matching, kind_of, shape = kind.literal_value != ADD_ALL, element.literal_value, lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        values, indices, count, plane, to_values, to_numbers = args[3:]
+        vector, wide = ir.VectorType(_element_type(kind_of)[0], shape), ir.VectorType(_I64, shape)
+        narrow = ir.VectorType(_I32, shape)
+        inside = _lanes_below(builder, count, shape)
+        value = _masked_load(builder, builder.inttoptr(values, vector.as_pointer()), inside, vector)
+        _store_unaligned(builder, value, to_values)
+        if not matching:
+            return count
+        index = _masked_load(builder, builder.inttoptr(indices, wide.as_pointer()), inside, wide)
+        valid = builder.and_(inside, builder.icmp_unsigned("<", index, _splat(builder, plane, shape)))
+        number = builder.add(builder.trunc(index, narrow), ir.Constant(narrow, [1] * shape))
+        number = builder.select(valid, number, ir.Constant(narrow, [0] * shape))
+        _store_unaligned(builder, number, to_numbers)
+        return _set_lanes(builder, valid)
+
+    return types.int64(kind, element, lanes, *[types.int64] * 6), generate
+
+
+def _store_unaligned(builder, vector, place):
+    builder.store(vector, builder.inttoptr(place, vector.type.as_pointer())).align = _nbytes(vector.type.element)
+
+
+def _set_lanes(builder, mask):
+    """Return how many lanes of a mask are set."""
+    bits = builder.bitcast(mask, ir.IntType(mask.type.count))
+    wide = ir.IntType(max(mask.type.count, 8))
+    return builder.zext(builder.ctpop(bits if bits.type == wide else builder.zext(bits, wide)), _I64)
+
+
+@intrinsic(prefer_literal=True)
+def spread_windows(
+    typing_context, kind, element, lanes, across, kernel, stride,
+    values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
+    target, target_row, target_column, divisor,
+):  # fmt: skip
+    """Write `stride` x `stride` elements for each lane: the sums of the values of the windows that hold them.
+
+    Lanes are neighbouring windows (`across`), or else the first `count` are channels. A window is `kernel` x `kernel`;
+    the newest begins at (h, w), the first element of all. In elements from `values` and `numbers`, one window earlier
+    is a row or column step back, and the next of `depths` a depth step on. A value takes part where its number is
+    that of the element, `position` for the first; returned is how many did. With ADD_ALL each does, and the sum is
+    divided.
+    """
+    shape = [t.literal_value for t in (kind, element, lanes, across, kernel, stride)]
+    signature = types.int64(kind, element, lanes, across, kernel, stride, *[types.int64] * 15, types.float64)
+
+    def generate(context, builder, signature, args):
+        return _Spread(builder, *shape).generate(*args[6:])
+
+    return signature, generate
+
+
+class _Spread:
+    """Generates `spread_windows`: a register for each of the elements, and each window loaded once for all."""
+
+    def __init__(self, builder, kind, element, lanes, across, kernel, stride):
+        self.builder, self.kind, self.lanes, self.across = builder, kind, lanes, across
+        self.kernel, self.stride = kernel, stride
+        self.vector = ir.VectorType(_element_type(element)[0], lanes)
+        self.numbers = ir.VectorType(_I32, lanes)
+        self.cells = [(a, t) for a in range(stride) for t in range(stride)]
+
+    def generate(
+        self, values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
+        target, target_row, target_column, divisor,
+    ):  # fmt: skip
+        builder = self.builder
+        rows = [self._below(builder.add(h, self._number(a)), H) for a in range(self.stride)]
+        columns = [self._columns(builder.add(w, self._number(t)), W, count) for t in range(self.stride)]
+        wanted = {}
+        for a, t in self.cells if self.kind != ADD_ALL else ():
+            first = builder.add(position, builder.add(builder.mul(W, self._number(a)), self._number(t)))
+            inside = builder.and_(columns[t], _splat(builder, rows[a], self.lanes))
+            wanted[a, t] = builder.select(inside, self._from(first), ir.Constant(self.numbers, [-1] * self.lanes))
+        zeros = ir.Constant(self.vector, [0.0] * self.lanes)
+        sums = {cell: cgutils.alloca_once_value(builder, zeros) for cell in self.cells}
+        matches = cgutils.alloca_once_value(builder, self._number(0))
+        earlier = range((self.kernel - 1) // self.stride, -1, -1)
+        with cgutils.for_range(builder, depths) as depth:
+            start = builder.mul(depth.index, depth_step)
+            # In scan order, as a scatter would add them.
+            for i, j in ((i, j) for i in earlier for j in earlier):
+                back = builder.add(builder.mul(row_step, self._number(i)), builder.mul(column_step, self._number(j)))
+                self._window(i, j, builder.sub(start, back), values, numbers, wanted, sums, matches)
+        for a in range(self.stride):
+            with builder.if_then(rows[a]):
+                results = [builder.load(sums[a, t]) for t in range(self.stride)]
+                if self.kind == ADD_ALL:
+                    results = [self._divided(result, divisor) for result in results]
+                place = builder.add(target, builder.mul(target_row, self._number(a)))
+                self._store(results, columns, place, target_column, w, W)
+        return builder.load(matches)
+
+    def _number(self, value):
+        return ir.Constant(_I64, value)
+
+    def _below(self, value, end):
+        """Whether a number is in range(end): as unsigned, a negative one is large."""
+        return self.builder.icmp_unsigned("<", value, end)
+
+    def _from(self, first, step=None, lanes=None):
+        """Return `first` in each lane, or counting up in steps where lanes are windows."""
+        lanes, step = lanes or self.lanes, step or self.stride if self.across else 0
+        start = _splat(self.builder, self.builder.trunc(first, _I32), lanes)
+        return self.builder.add(start, ir.Constant(start.type, [step * i for i in range(lanes)]))
+
+    def _columns(self, w, W, count):
+        """Return the mask of the lanes whose column from `w` on is in the row."""
+        builder = self.builder
+        end = _splat(builder, builder.trunc(W, _I32), self.lanes)
+        inside = builder.icmp_unsigned("<", self._from(w), end)
+        return inside if self.across else builder.and_(inside, _lanes_below(builder, count, self.lanes))
+
+    def _window(self, i, j, offset, values, numbers, wanted, sums, matches):
+        """Add one window's value to the elements it holds."""
+        builder, kernel, stride = self.builder, self.kernel, self.stride
+        value = self._at(values, offset, self.vector)
+        number = self._at(numbers, offset, self.numbers) if wanted else None
+        for a, t in self.cells:
+            if a + i * stride >= kernel or t + j * stride >= kernel:
+                continue
+            before = builder.load(sums[a, t])
+            after = value if self.kind == LAST_MATCHING else builder.fadd(before, value)
+            if wanted:
+                match = builder.icmp_signed("==", number, wanted[a, t])
+                after = builder.select(match, after, before)
+                builder.store(builder.add(builder.load(matches), _set_lanes(builder, match)), matches)
+            builder.store(after, sums[a, t])
+
+    def _at(self, base, offset, vector):
+        """Load the vector that begins so many elements from an address."""
+        builder = self.builder
+        place = builder.add(base, builder.mul(offset, self._number(_nbytes(vector.element))))
+        return _load(builder, builder.inttoptr(place, _I8P), 0, vector, _nbytes(vector.element))
+
+    def _divided(self, total, divisor):
+        builder, kind = self.builder, self.vector.element
+        by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
+        return builder.fdiv(total, _splat(builder, by, self.lanes))
+
+    def _store(self, results, columns, place, target_column, w, W):
+        """Write a row: of channels element by element, of windows interleaved."""
+        builder, align = self.builder, _nbytes(self.vector.element)
+        if not self.across:
+            for t, (result, inside) in enumerate(zip(results, columns)):
+                at = builder.add(place, builder.mul(target_column, self._number(t)))
+                _masked_store(builder, result, builder.inttoptr(at, result.type.as_pointer()), inside)
+            return
+        row, length = _interleaved(builder, results), self.lanes * self.stride
+        pointer = builder.inttoptr(place, row.type.as_pointer())
+        last = builder.add(w, self._number(length - 1))
+        whole = builder.and_(self._below(w, W), self._below(last, W))
+        with builder.if_else(whole, likely=True) as (then, otherwise):
+            with then:
+                builder.store(row, pointer).align = align
+            with otherwise:
+                end = _splat(builder, builder.trunc(W, _I32), length)
+                inside = builder.icmp_unsigned("<", self._from(w, 1, length), end)
+                _masked_store(builder, row, pointer, inside)
+
+
+def _interleaved(builder, vectors):
+    """Return the first elements of all vectors, then the second ones, and so on."""
+    count, lanes = len(vectors), vectors[0].type.count
+    whole = vectors[0]
+    for k, vector in enumerate(vectors[1:], 2):
+        # Operands of a shuffle are as long as each other.
+        padded = _shuffle(builder, vector, vector, [i % lanes for i in range(lanes * (k - 1))])
+        whole = _shuffle(builder, whole, padded, list(range(lanes * k)))
+    return _shuffle(builder, whole, whole, [i % count * lanes + i // count for i in range(count * lanes)])
