@@ -963,13 +963,17 @@ class _Spread:
             for i, j in ((i, j) for i in earlier for j in earlier):
                 back = builder.add(builder.mul(row_step, self._number(i)), builder.mul(column_step, self._number(j)))
                 self._window(i, j, builder.sub(start, back), values, numbers, wanted, sums, matches)
+        length = self.stride * self.lanes if self.across else self.stride
+        whole = builder.and_(self._below(w, W), self._below(builder.add(w, self._number(length - 1)), W))
+        if not self.across:
+            whole = builder.and_(whole, builder.icmp_signed("==", count, self._number(self.lanes)))
         for a in range(self.stride):
             with builder.if_then(rows[a]):
                 results = [builder.load(sums[a, t]) for t in range(self.stride)]
                 if self.kind == ADD_ALL:
                     results = [self._divided(result, divisor) for result in results]
                 place = builder.add(target, builder.mul(target_row, self._number(a)))
-                self._store(results, columns, place, target_column, w, W)
+                self._store(results, columns, whole, place, target_column, w, W)
         return builder.load(matches)
 
     def _number(self, value):
@@ -979,17 +983,18 @@ class _Spread:
         """Whether a number is in range(end): as unsigned, a negative one is large."""
         return self.builder.icmp_unsigned("<", value, end)
 
-    def _from(self, first, step=None, lanes=None):
+    def _splat(self, value):
+        return _splat(self.builder, self.builder.trunc(value, _I32), self.lanes)
+
+    def _from(self, first, step=None):
         """Return `first` in each lane, or counting up in steps where lanes are windows."""
-        lanes, step = lanes or self.lanes, step or self.stride if self.across else 0
-        start = _splat(self.builder, self.builder.trunc(first, _I32), lanes)
-        return self.builder.add(start, ir.Constant(start.type, [step * i for i in range(lanes)]))
+        step = (step or self.stride) if self.across else 0
+        return self.builder.add(self._splat(first), ir.Constant(self.numbers, [step * i for i in range(self.lanes)]))
 
     def _columns(self, w, W, count):
         """Return the mask of the lanes whose column from `w` on is in the row."""
         builder = self.builder
-        end = _splat(builder, builder.trunc(W, _I32), self.lanes)
-        inside = builder.icmp_unsigned("<", self._from(w), end)
+        inside = builder.icmp_unsigned("<", self._from(w), self._splat(W))
         return inside if self.across else builder.and_(inside, _lanes_below(builder, count, self.lanes))
 
     def _window(self, i, j, offset, values, numbers, wanted, sums, matches):
@@ -1019,33 +1024,32 @@ class _Spread:
         by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
         return builder.fdiv(total, _splat(builder, by, self.lanes))
 
-    def _store(self, results, columns, place, target_column, w, W):
+    def _store(self, results, columns, whole, place, target_column, w, W):
         """Write a row: of channels element by element, of windows interleaved."""
-        builder, align = self.builder, _nbytes(self.vector.element)
-        if not self.across:
-            for t, (result, inside) in enumerate(zip(results, columns)):
-                at = builder.add(place, builder.mul(target_column, self._number(t)))
-                _masked_store(builder, result, builder.inttoptr(at, result.type.as_pointer()), inside)
-            return
-        row, length = _interleaved(builder, results), self.lanes * self.stride
-        pointer = builder.inttoptr(place, row.type.as_pointer())
-        last = builder.add(w, self._number(length - 1))
-        whole = builder.and_(self._below(w, W), self._below(last, W))
-        with builder.if_else(whole, likely=True) as (then, otherwise):
-            with then:
-                builder.store(row, pointer).align = align
-            with otherwise:
-                end = _splat(builder, builder.trunc(W, _I32), length)
-                inside = builder.icmp_unsigned("<", self._from(w, 1, length), end)
-                _masked_store(builder, row, pointer, inside)
+        builder = self.builder
+        if self.across:
+            results, target_column = _interleaved(builder, results), self._number(self.lanes * _nbytes(self.vector.element))
+        for t, result in enumerate(results):
+            at = builder.add(place, builder.mul(target_column, self._number(t)))
+            with builder.if_else(whole, likely=True) as (then, otherwise):
+                with then:
+                    _store_unaligned(builder, result, at)
+                with otherwise:
+                    # Slower by far, even where all lanes are written.
+                    inside = columns[t]
+                    if self.across:
+                        first = builder.add(w, self._number(t * self.lanes))
+                        inside = builder.icmp_unsigned("<", self._from(first, 1), self._splat(W))
+                    _masked_store(builder, result, builder.inttoptr(at, result.type.as_pointer()), inside)
 
 
 def _interleaved(builder, vectors):
-    """Return the first elements of all vectors, then the second ones, and so on."""
+    """Return vectors with the first elements of all, then the second ones, and so on."""
     count, lanes = len(vectors), vectors[0].type.count
     whole = vectors[0]
     for k, vector in enumerate(vectors[1:], 2):
         # Operands of a shuffle are as long as each other.
         padded = _shuffle(builder, vector, vector, [i % lanes for i in range(lanes * (k - 1))])
         whole = _shuffle(builder, whole, padded, list(range(lanes * k)))
-    return _shuffle(builder, whole, whole, [i % count * lanes + i // count for i in range(count * lanes)])
+    order = [i % count * lanes + i // count for i in range(count * lanes)]
+    return [_shuffle(builder, whole, whole, order[k : k + lanes]) for k in range(0, count * lanes, lanes)]
