@@ -724,21 +724,20 @@ def _element_type(number):
 @intrinsic(prefer_literal=True)
 def reduce_window(
     typing_context, operation, element, lanes, step, position_bits,
-    source, row_step, rows, column_step, columns, position, position_row, position_column, target, where, count, more,
-    divisor,
+    source, depth_step, depths, row_step, rows, column_step, columns,
+    position, position_depth, position_row, position_column, target, where, count, divisor,
 ):  # fmt: skip
     """Reduce `count` windows side by side, one in each lane, `step` elements apart; 0: channels of the same window.
 
-    Tap (i, j) is at source + i*row_step + j*column_step, its number position + i*position_row + j*position_column.
+    A tap is so many steps from `source` along depth, rows and columns, and its number as many from `position`.
     The maximum goes to `target` and, unless `position_bits` is 0, the number of its tap to int64 numbers at `where`:
-    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided. With `more`, what is there
-    already takes part.
+    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided.
     """
     shape = [t.literal_value for t in (operation, element, lanes, step, position_bits)]
-    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 12, types.float64)
+    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 14, types.float64)
 
     def generate(context, builder, signature, args):
-        _Window(builder, args[15], *shape).generate(*args[5:15], *args[16:])
+        _Window(builder, args[18], *shape).generate(*args[5:18], args[19])
         return context.get_dummy_value()
 
     return signature, generate
@@ -760,28 +759,34 @@ class _Window:
         self.wide_mask = self.mask if step <= 1 else _lanes_below(builder, spread, lanes * step)
 
     def generate(
-        self, source, row_step, rows, column_step, columns, position, position_row, position_column, target, where,
-        more, divisor,
+        self, source, depth_step, depths, row_step, rows, column_step, columns,
+        position, position_depth, position_row, position_column, target, where, divisor,
     ):  # fmt: skip
         builder = self.builder
-        is_more = builder.icmp_signed("!=", more, ir.Constant(_I64, 0))
-        best = self._begin(is_more, target, self.vector, self._lowest(self.held))
-        found = None
+        best, found = cgutils.alloca_once_value(builder, self._lowest(self.held)), None
         if self.positions:
-            nothing = builder.icmp_signed("==", builder.mul(rows, columns), ir.Constant(_I64, 0))
+            taps = builder.mul(builder.mul(depths, rows), columns)
+            nothing = builder.icmp_signed("==", taps, ir.Constant(_I64, 0))
             first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
-            found = self._begin(is_more, where, ir.VectorType(_I64, self.lanes), first)
-        with cgutils.for_range(builder, rows) as row:
-            at = builder.add(source, builder.mul(row.index, row_step))
-            number = builder.add(position, builder.mul(row.index, position_row))
-            with cgutils.for_range(builder, columns) as column:
-                value = self._load(builder.add(at, builder.mul(column.index, column_step)))
-                if self.operation != MAXIMUM:
-                    builder.store(builder.fadd(builder.load(best), self._held(value)), best)
-                else:
-                    here = builder.add(number, builder.mul(column.index, position_column))
-                    self._take(value, here, best, found)
+            found = cgutils.alloca_once_value(builder, first)
+        with (
+            cgutils.for_range(builder, depths) as depth,
+            cgutils.for_range(builder, rows) as row,
+            cgutils.for_range(builder, columns) as column,
+        ):
+            counts = depth.index, row.index, column.index
+            value = self._load(self._along(source, counts, (depth_step, row_step, column_step)))
+            if self.operation != MAXIMUM:
+                builder.store(builder.fadd(builder.load(best), self._held(value)), best)
+            else:
+                here = self._along(position, counts, (position_depth, position_row, position_column))
+                self._take(value, here, best, found)
         self._end(best, found, target, where, divisor)
+
+    def _along(self, start, counts, steps):
+        for count, step in zip(counts, steps):
+            start = self.builder.add(start, self.builder.mul(count, step))
+        return start
 
     def _held(self, value):
         return value if value.type == self.held else self.builder.fpext(value, self.held)
@@ -795,17 +800,6 @@ class _Window:
         else:
             lowest = float("-inf")
         return ir.Constant(held, [lowest] * self.lanes)
-
-    def _begin(self, is_more, place, stored, start):
-        """A variable that begins with what is at a place, or with `start`."""
-        builder, variable = self.builder, cgutils.alloca_once_value(self.builder, start)
-        with builder.if_then(is_more):
-            before = self._masked(place, stored, self.mask)
-            if stored != start.type:
-                narrow = isinstance(stored.element, ir.IntType)
-                before = builder.trunc(before, start.type) if narrow else builder.fpext(before, start.type)
-            builder.store(before, variable)
-        return variable
 
     def _load(self, place):
         if self.step <= 1:
@@ -866,6 +860,11 @@ def deposit(typing_context, element, add, source, target):
     return types.void(element, add, types.int64, types.int64), generate
 
 
+def rows_together(stride):
+    """Return how many rows of windows `spread_windows` takes at a time: its sums are 4 to 9 vectors."""
+    return {1: 4, 2: 2}.get(stride, 1)
+
+
 # What `spread_windows` does with the values of the windows an element is in.
 ADD_MATCHING, LAST_MATCHING, ADD_ALL = range(3)
 
@@ -914,13 +913,13 @@ def spread_windows(
     values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
     target, target_row, target_column, divisor,
 ):  # fmt: skip
-    """Write `stride` x `stride` elements for each lane: the sums of the values of the windows that hold them.
+    """Write `stride` columns of a few rows for each lane: the sums of the values of the windows that hold them.
 
-    Lanes are neighbouring windows (`across`), or else the first `count` are channels. A window is `kernel` x `kernel`;
-    the newest begins at (h, w), the first element of all. In elements from `values` and `numbers`, one window earlier
-    is a row or column step back, and the next of `depths` a depth step on. A value takes part where its number is
-    that of the element, `position` for the first; returned is how many did. With ADD_ALL each does, and the sum is
-    divided.
+    The rows are those of `rows_together(stride)` windows. Lanes are neighbouring windows (`across`), or else the
+    first `count` are channels. A window is `kernel` x `kernel`; one begins at (h, w), the first element. In elements
+    from `values` and `numbers`, the window before is a row or column step back, and the next of `depths` a depth step
+    on. A value takes part where its number is that of the element, `position` for the first; returned is how many
+    did. With ADD_ALL each does, and the sum is divided.
     """
     shape = [t.literal_value for t in (kind, element, lanes, across, kernel, stride)]
     signature = types.int64(kind, element, lanes, across, kernel, stride, *[types.int64] * 15, types.float64)
@@ -939,14 +938,15 @@ class _Spread:
         self.kernel, self.stride = kernel, stride
         self.vector = ir.VectorType(_element_type(element)[0], lanes)
         self.numbers = ir.VectorType(_I32, lanes)
-        self.cells = [(a, t) for a in range(stride) for t in range(stride)]
+        self.height = stride * rows_together(stride)
+        self.cells = [(a, t) for a in range(self.height) for t in range(stride)]
 
     def generate(
         self, values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
         target, target_row, target_column, divisor,
     ):  # fmt: skip
         builder = self.builder
-        rows = [self._below(builder.add(h, self._number(a)), H) for a in range(self.stride)]
+        rows = [self._below(builder.add(h, self._number(a)), H) for a in range(self.height)]
         columns = [self._columns(builder.add(w, self._number(t)), W, count) for t in range(self.stride)]
         wanted = {}
         for a, t in self.cells if self.kind != ADD_ALL else ():
@@ -960,14 +960,15 @@ class _Spread:
         with cgutils.for_range(builder, depths) as depth:
             start = builder.mul(depth.index, depth_step)
             # In scan order, as a scatter would add them.
-            for i, j in ((i, j) for i in earlier for j in earlier):
+            later = range(-1, -rows_together(self.stride), -1)
+            for i, j in ((i, j) for i in (*earlier, *later) for j in earlier):
                 back = builder.add(builder.mul(row_step, self._number(i)), builder.mul(column_step, self._number(j)))
                 self._window(i, j, builder.sub(start, back), values, numbers, wanted, sums, matches)
         length = self.stride * self.lanes if self.across else self.stride
         whole = builder.and_(self._below(w, W), self._below(builder.add(w, self._number(length - 1)), W))
         if not self.across:
             whole = builder.and_(whole, builder.icmp_signed("==", count, self._number(self.lanes)))
-        for a in range(self.stride):
+        for a in range(self.height):
             with builder.if_then(rows[a]):
                 results = [builder.load(sums[a, t]) for t in range(self.stride)]
                 if self.kind == ADD_ALL:
@@ -1000,18 +1001,21 @@ class _Spread:
     def _window(self, i, j, offset, values, numbers, wanted, sums, matches):
         """Add one window's value to the elements it holds."""
         builder, kernel, stride = self.builder, self.kernel, self.stride
-        value = self._at(values, offset, self.vector)
+        value, matching = self._at(values, offset, self.vector), None
         number = self._at(numbers, offset, self.numbers) if wanted else None
         for a, t in self.cells:
-            if a + i * stride >= kernel or t + j * stride >= kernel:
+            if not 0 <= a + i * stride < kernel or t + j * stride >= kernel:
                 continue
             before = builder.load(sums[a, t])
             after = value if self.kind == LAST_MATCHING else builder.fadd(before, value)
             if wanted:
                 match = builder.icmp_signed("==", number, wanted[a, t])
                 after = builder.select(match, after, before)
-                builder.store(builder.add(builder.load(matches), _set_lanes(builder, match)), matches)
+                # A number is that of one element at most.
+                matching = builder.or_(matching, match) if matching else match
             builder.store(after, sums[a, t])
+        if matching:
+            builder.store(builder.add(builder.load(matches), _set_lanes(builder, matching)), matches)
 
     def _at(self, base, offset, vector):
         """Load the vector that begins so many elements from an address."""
@@ -1028,7 +1032,10 @@ class _Spread:
         """Write a row: of channels element by element, of windows interleaved."""
         builder = self.builder
         if self.across:
-            results, target_column = _interleaved(builder, results), self._number(self.lanes * _nbytes(self.vector.element))
+            results, target_column = (
+                _interleaved(builder, results),
+                self._number(self.lanes * _nbytes(self.vector.element)),
+            )
         for t, result in enumerate(results):
             at = builder.add(place, builder.mul(target_column, self._number(t)))
             with builder.if_else(whole, likely=True) as (then, otherwise):
