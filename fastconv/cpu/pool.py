@@ -54,6 +54,8 @@ MOST_STEP = 4
 MOST_TAPS = 64
 # Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
 MOST_KERNEL, MOST_STRIDE = 5, 3
+# A maximum compares for each tap: larger windows are scattered in less time.
+MOST_MATCHED = 3
 # Elements laid out at a time: beyond that the second-level cache is long left.
 MOST_BUFFERED = 1 << 20
 # Indices from which windows are guessed.
@@ -193,7 +195,7 @@ def _guess(indices, sizes):
         strides[1] = strides[2]
     kernels[1] = kernels[2] = max(*kernels[1:], strides[2])
     windows = _Regular(tuple(kernels), tuple(strides), tuple(firsts))
-    return windows if windows.is_unrolled() else None
+    return windows if windows.is_unrolled() and kernels[2] <= MOST_MATCHED else None
 
 
 @device
