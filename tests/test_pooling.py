@@ -216,6 +216,12 @@ def test_the_average_of_a_large_window_keeps_the_precision_of_its_dtype():
     np.testing.assert_allclose(y[0, :, 0, 0], x.mean(axis=(0, 2, 3), dtype="float64"), rtol=1e-7)
 
 
+def test_the_average_of_a_deep_window_keeps_the_precision_of_its_dtype():
+    x = rng("deep").random((1, 2, 4096, 2, 2)).astype("float32")
+    y = fastconv.avg_pool3d(x, (4096, 2, 2))
+    np.testing.assert_allclose(y[..., 0, 0, 0], x.mean(axis=(2, 3, 4), dtype="float64"), rtol=6e-8)
+
+
 @every_layout
 def test_a_window_without_elements_averages_to_zero(layout):
     x = np.ones((1, 2, 3, 3))

@@ -12,17 +12,39 @@ windows of the gradient. The gradient of a maximum is scattered by one thread pe
 the same bits every time.
 """
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
+from ..registry import Buffer
 from . import threads
 from .compile import device, kernel, share, task
 from .memory import address
-from .simd import ELEMENTS, MAXIMUM, SUM, WIDE_SUM, element_lanes, integers, reduce_window
+from .simd import (
+    ADD_ALL,
+    ADD_MATCHING,
+    ELEMENTS,
+    LAST_MATCHING,
+    MAXIMUM,
+    SUM,
+    WIDE_SUM,
+    deposit,
+    element_lanes,
+    integer,
+    integers,
+    lay_out,
+    put_integer,
+    reduce_window,
+    rows_together,
+    spread_windows,
+    zero_bytes,
+)
+from .workspace import workspace
 
-# Channels that one task scatters: a cache line of float32.
+# Channels that one thread gathers: a cache line of float32.
 LANES = 16
 # Bytes of output below which threads are not worth waking.
 SERIAL_BYTES = 64 * 1024
@@ -30,6 +52,14 @@ SERIAL_BYTES = 64 * 1024
 MOST_STEP = 4
 # Taps of a window that are added up in the element's own precision.
 MOST_TAPS = 64
+# Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
+MOST_KERNEL, MOST_STRIDE = 5, 3
+# A maximum compares for each tap: larger windows are scattered in less time.
+MOST_MATCHED = 3
+# Elements laid out at a time: beyond that the second-level cache is long left.
+MOST_BUFFERED = 1 << 20
+# Indices from which windows are guessed.
+SAMPLES = 128
 
 
 def max_forward(x, windows, y, indices):
@@ -51,7 +81,6 @@ def _reduce(operation, x, windows, y, indices, bits, count_padding, divisor):
     outer, D, H, W, inner = x.shape
     _, O, P, Q, _ = y.shape
     step, groups = _side_by_side(windows[2].tobytes(), inner)
-    groups = groups if inner == 1 else windows[2]
     run = _reduction(operation, ELEMENTS.index(x.dtype.name), x.dtype.itemsize, step, bits)
     run(
         threads.count() if y.nbytes >= SERIAL_BYTES else 1, address(x), address(y),
@@ -62,17 +91,18 @@ def _reduce(operation, x, windows, y, indices, bits, count_padding, divisor):
 
 @lru_cache(maxsize=1024)
 def _side_by_side(table, inner):
-    """Return (step, groups) of a table of windows along W: groups are (q, count, first, end, step, taps with padding).
+    """Return (step, groups) of a table of windows along W: groups are (q, count, first, taps, step, padded taps).
 
-    The windows of a group have as many taps, `step` elements further on each. Step 0 where lanes are channels.
+    The windows of a group have as many taps, `step` elements further on each. Step 0 where lanes are channels: there
+    a group is one window, and `count` the channels.
     """
-    windows = np.frombuffer(table, np.int64).reshape(-1, 4)
+    windows = np.frombuffer(table, np.int64).reshape(-1, 4).copy()
+    windows[:, 1] = np.maximum(-((windows[:, 0] - windows[:, 1]) // windows[:, 2]), 0)
     if inner != 1:
-        return 0, None
+        return 0, np.column_stack([np.arange(len(windows)), np.full(len(windows), inner), windows])
     apart = np.diff(windows[:, 0])
     step = max(int(np.bincount(apart[(apart > 0) & (apart <= MOST_STEP)], minlength=2).argmax()), 1)
-    length = windows[:, 1] - windows[:, 0]
-    breaks = (apart != step) | (np.diff(length) != 0) | (np.diff(windows[:, 3]) != 0)
+    breaks = (apart != step) | (np.diff(windows[:, 1:], axis=0) != 0).any(axis=1)
     starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])[: len(windows)]
     counts = np.diff(np.concatenate([starts, [len(windows)]]))
     return step, np.ascontiguousarray(np.column_stack([starts, counts, windows[starts]]))
@@ -85,7 +115,7 @@ def _reduction(operation, element, itemsize, step, bits):
 
     @task
     def reduce(arguments, chunk):
-        """Rows of windows: each tap of depth in turn, the others inside."""
+        """Rows of windows."""
         chunks, source, target, where, outer, D, H, W, C = integers(arguments, 0, 9)
         O, P, Q, d_table, h_table, w_table, groups, count_padding, divisor = integers(arguments, 9, 9)
         begin, end = share(outer * O * P, chunk, chunks)
@@ -94,29 +124,21 @@ def _reduction(operation, element, itemsize, step, bits):
             d0, d1, d_step, d_count = integers(d_table + o * 32, 0, 4)
             h0, h1, h_step, h_count = integers(h_table + p * 32, 0, 4)
             depths, rows = _taps(d0, d1, d_step), _taps(h0, h1, h_step)
-            for i in range(max(depths, 1)):
-                d = d0 + i * d_step
-                at = source + ((n * D + d) * H + h0) * W * C * SIZE
-                taps = rows if depths > 0 else 0
-                for group in range(groups):
-                    if STEP == 0:
-                        q, count = group, C
-                        w0, w1, w_step, w_count = integers(w_table + group * 32, 0, 4)
-                    else:
-                        q, count, w0, w1, w_step, w_count = integers(w_table + group * 48, 0, 6)
-                    columns = _taps(w0, w1, w_step)
-                    by = 1.0
-                    if OPERATION != MAXIMUM and i >= depths - 1:
-                        by = _divisor(divisor, count_padding, d_count * h_count * w_count, depths * rows * columns)
-                    for lane in range(0, count, SIDE):
-                        # Lane by lane: the next channel, or the next window.
-                        to = row * Q * C + q * C + lane
-                        reduce_window(
-                            OPERATION, ELEMENT, SIDE, STEP, BITS, at + (w0 * C + lane * max(STEP, 1)) * SIZE,
-                            h_step * W * C * SIZE, taps, w_step * C * SIZE, columns,
-                            (d * H + h0) * W + w0 + lane * STEP, h_step * W, w_step, target + to * SIZE, where + to * 8,
-                            min(SIDE, count - lane), i, by,
-                        )  # fmt: skip
+            at = source + ((n * D + d0) * H + h0) * W * C * SIZE
+            for group in range(groups):
+                q, count, w0, columns, w_step, w_count = integers(w_table + group * 48, 0, 6)
+                by = 1.0
+                if OPERATION != MAXIMUM:
+                    by = _divisor(divisor, count_padding, d_count * h_count * w_count, depths * rows * columns)
+                for lane in range(0, count, SIDE):
+                    # Lane by lane: the next channel, or the next window.
+                    to = row * Q * C + q * C + lane
+                    reduce_window(
+                        OPERATION, ELEMENT, SIDE, STEP, BITS, at + (w0 * C + lane * max(STEP, 1)) * SIZE,
+                        d_step * H * W * C * SIZE, depths, h_step * W * C * SIZE, rows, w_step * C * SIZE, columns,
+                        (d0 * H + h0) * W + w0 + lane * STEP, d_step * H * W, h_step * W, w_step,
+                        target + to * SIZE, where + to * 8, min(SIDE, count - lane), by,
+                    )  # fmt: skip
 
     return reduce
 
@@ -135,18 +157,300 @@ def _divisor(given, count_padding, padded, inside):
 
 def scatter_add(grad, indices, dx):
     """Add each gradient to the element its index names (-1: none); return False if an index is outside the plane."""
-    return _scattered(grad, indices, dx, True)
+    return _scattered(ADD_MATCHING, grad, indices, dx)
 
 
 def scatter(x, indices, y):
     """Write each value where its index says, the last one winning; return False if an index is outside the plane."""
-    return _scattered(x, indices, y, False)
+    return _scattered(LAST_MATCHING, x, indices, y)
 
 
-def _scattered(values, indices, target, add):
-    bad = np.zeros((len(values), -(-values.shape[-1] // LANES)), np.bool_)
-    _scatter(_flat(values), _flat(indices), _flat(target), bad, add)
+def _scattered(kind, values, indices, target):
+    windows = _guess(indices, target.shape[1:4]) if values.dtype.kind == "f" and values.size else None
+    wrong = np.zeros(threads.count(), np.int64)
+    _spread(kind, values, indices, windows, target, wrong, 1)
+    return not wrong.any()
+
+
+class _Regular(NamedTuple):
+    """Windows `kernel` long, `stride` apart, the first of them from `first` on, along D, H and W each."""
+
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    firsts: tuple[int, ...]
+
+    def is_unrolled(self):
+        """Whether there is a kernel for them: square ones along H and W."""
+        return self.kernels[1] == self.kernels[2] <= MOST_KERNEL and self.strides[1] == self.strides[2] <= MOST_STRIDE
+
+
+def _guess(indices, sizes):
+    """Return the windows that some of the indices can come from, or None. The others need not."""
+    found = np.empty(9, np.int64)
+    _, O, P, Q, inner = indices.shape
+    _sample(1, address(indices), indices.size, O, P, Q, inner, *sizes, address(found))
+    kernels, strides, firsts = found.reshape(3, 3).tolist()
+    # Square ones, if need be larger than they are.
+    if sizes[1] == 1:
+        strides[1] = strides[2]
+    kernels[1] = kernels[2] = max(*kernels[1:], strides[2])
+    windows = _Regular(tuple(kernels), tuple(strides), tuple(firsts))
+    return windows if windows.is_unrolled() and kernels[2] <= MOST_MATCHED else None
+
+
+@device
+def _narrower(extent, count, first, last, wider_first, wider_last):
+    """Return (kernel, stride, first) for the one of the two strides that the sizes allow that fits the indices."""
+    if wider_last - wider_first < last - first:
+        return wider_last - wider_first + 1, extent // count + 1, wider_first
+    return last - first + 1, max(extent // count, 1), first
+
+
+@device
+def _window_of(cell, axis, O, P, Q):
+    return cell // (P * Q) % O if axis == 0 else cell // Q % P if axis == 1 else cell % Q
+
+
+@task
+def _sample(arguments, chunk):
+    """Find kernel, stride and beginning of the windows along each dimension from some SAMPLES indices."""
+    _, where, size, O, P, Q, inner, D, H, W, found = integers(arguments, 0, 11)
+    # Odd, so that all columns have their turn.
+    step = (size // SAMPLES) | 1
+    for axis in range(3):
+        extent, count = (D, O) if axis == 0 else (H, P) if axis == 1 else (W, Q)
+        stride, first, last, wider_first, wider_last = max(extent // count, 1), extent, -extent, extent, -extent
+        # A dimension of one element tells nothing.
+        for i in range(0, size if extent > 1 else 0, step):
+            position = integer(where, i)
+            if np.uint64(position) < np.uint64(D * H * W):
+                window, at = _window_of(i // inner, axis, O, P, Q), _window_of(position, axis, D, H, W)
+                offset = at - window * stride
+                first, last = min(first, offset), max(last, offset)
+                wider_first, wider_last = min(wider_first, offset - window), max(wider_last, offset - window)
+        kernel, stride, first = _narrower(extent, count, first, last, wider_first, wider_last)
+        put_integer(found, axis, kernel if extent > 1 else 1)
+        put_integer(found, 3 + axis, stride)
+        put_integer(found, 6 + axis, first if extent > 1 else 0)
+
+
+class _Plan(NamedTuple):
+    """Where windows lie in a buffer: rows and columns of them, and how many elements that is.
+
+    Windows that begin at h0 to h1 and w0 to w1 (counted in windows) reach all elements; there and before them, and
+    beside those there are, the buffer holds zeros.
+    """
+
+    h0: int
+    h1: int
+    w0: int
+    w1: int
+    top: int
+    rows: int
+    left: int
+    columns: int
+    size: int
+
+
+@lru_cache(maxsize=1024)
+def _plan(windows, lanes, across, pooled, sizes):
+    """Return the plan of a plane, or of an image's `lanes` channels."""
+    kernel, stride = windows.kernels[2], windows.strides[2]
+    earlier, step = (kernel - 1) // stride, lanes if across else 1
+    starts = [-((first + stride - 1) // stride) for first in windows.firsts]
+    ends = [(size - 1 - first) // stride + 1 for size, first in zip(sizes, windows.firsts)]
+    top, left = (min(0, start - earlier) for start in starts[1:])
+    right = max(-(-pooled[2] // step) * step, starts[2] + -(-(ends[2] - starts[2]) // step) * step)
+    together = rows_together(stride)
+    bottom = max(pooled[1], starts[1] + -(-(ends[1] - starts[1]) // together) * together)
+    rows, columns = bottom - top, right - left
+    size = pooled[0] * rows * columns * (1 if across else lanes)
+    return _Plan(starts[1], ends[1], starts[2], ends[2], top, rows, left, columns, size)
+
+
+def _spread(kind, values, indices, windows, target, wrong, divisor):
+    """Spread what each window has over `target`: by its windows if they are given, else by index.
+
+    `wrong` becomes not zero where an index is outside the plane.
+    """
+    outer, *pooled, inner = values.shape
+    sizes, across = target.shape[1:4], inner == 1
+    element, lanes = _element(values.dtype)
+    plan = _plan(windows, lanes, across, tuple(pooled), sizes) if windows else None
+    if plan is None or (plan.size > MOST_BUFFERED and kind != ADD_ALL):
+        windows, plan = _Regular((0, 0, 0), (1, 1, 1), (0, 0, 0)), _Plan(*[0] * 9)
+    chunks = threads.count() if target.nbytes >= SERIAL_BYTES else 1
+    # Values, then numbers.
+    size = -(-plan.size // 16) * 16
+    with workspace({"buffer": Buffer((chunks, size * (values.itemsize + 4)), np.dtype(np.uint8))}) as lent:
+        _spreading(kind, element, values.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)(
+            chunks, address(values), 0 if indices is None else address(indices), address(target),
+            0 if wrong is None else address(wrong), address(lent["buffer"]), size, outer, inner, *pooled, *sizes,
+            windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _element(dtype):
+    """Return the number of an element type, and how many are in a vector."""
+    element = ELEMENTS.index(dtype.name)
+    return element, element_lanes(element)
+
+
+@lru_cache(maxsize=64)
+def _spreading(kind, element, itemsize, kernel, stride, across, deep):
+    """Return the task that spreads square windows of one size; kernel 0: that scatters by index."""
+    KIND, ELEMENT, SIZE, KERNEL, STRIDE = kind, element, itemsize, kernel, stride
+    ACROSS, LANES, ADDS = int(across), element_lanes(element), int(kind == ADD_MATCHING)
+    # Elements from one window to the next in the buffer, and windows in a vector.
+    CELL, STEP = (1, LANES) if across else (LANES, 1)
+    ROWS, DEEP = rows_together(stride), int(deep)
+
+    @device
+    def lay_out_all(arguments, values_at, where_at, to_values, to_numbers, count):
+        """Lay out a plane, or some channels of an image; return how many indices are inside the plane."""
+        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
+        top, rows, left, columns = integers(arguments, 24, 4)
+        valid = 0
+        for o in range(O):
+            for p in range(P):
+                for q in range(0, Q, STEP):
+                    at = ((o * P + p) * Q + q) * inner
+                    cell = ((o * rows + p - top) * columns + q - left) * CELL
+                    valid += lay_out(
+                        KIND, ELEMENT, LANES, values_at + at * SIZE, where_at + at * 8,
+                        min(count, Q - q) if ACROSS else count, D * H * W,
+                        to_values + cell * SIZE, to_numbers + cell * 4,
+                    )  # fmt: skip
+        return valid
+
+    @device
+    def spread(arguments, values, numbers, target, count):
+        """Write the elements that all windows reach; return how many values found theirs."""
+        inner, O, P, Q, D, H, W, d_kernel, d_stride, d_first, h_first, w_first = integers(arguments, 8, 12)
+        h0, h1, w0, w1, top, rows, left, columns, divisor = integers(arguments, 20, 9)
+        found = 0
+        for d in range(D):
+            o0 = max(-((d_kernel - 1 + d_first - d) // d_stride), 0)
+            o1 = min((d - d_first) // d_stride + 1, O)
+            for p in range(h0, h1, ROWS):
+                h = p * STRIDE + h_first
+                for q in range(w0, w1, STEP):
+                    w = q * STRIDE + w_first
+                    cell = ((o0 * rows + p - top) * columns + q - left) * CELL
+                    at = (d * H + h) * W + w
+                    found += spread_windows(
+                        KIND, ELEMENT, LANES, ACROSS, KERNEL, STRIDE, values + cell * SIZE, numbers + cell * 4,
+                        max(o1 - o0, 0) if DEEP else 1, rows * columns * CELL, columns * CELL, CELL,
+                        at + 1, h, H, w, W, count,
+                        target + at * inner * SIZE, W * inner * SIZE, inner * SIZE, float(divisor),
+                    )  # fmt: skip
+        return found
+
+    @device
+    def scatter_plane(arguments, values_at, where_at, target_at, count):
+        """Scatter by index, in scan order; return whether one is outside the plane."""
+        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
+        # Zeros are still in the cache when they are added to.
+        for i in range(1 if ACROSS else D * H * W):
+            zero_bytes(target_at + i * inner * SIZE, D * H * W * SIZE if ACROSS else count * SIZE)
+        wrong = False
+        for i in range(O * P * Q):
+            for c in range(count):
+                position = integer(where_at, i * inner + c)
+                if np.uint64(position) < np.uint64(D * H * W):
+                    source, to = (i * inner + c) * SIZE, (position * inner + c) * SIZE
+                    deposit(ELEMENT, ADDS, values_at + source, target_at + to)
+                else:
+                    wrong |= (not ADDS) | (position != -1)
+        return wrong
+
+    @task
+    def spreading(arguments, chunk):
+        """Planes, or vectors of channels."""
+        chunks, source, where, target, bad, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
+        values = buffer + chunk * size * (SIZE + 4)
+        numbers = values + size * SIZE
+        zero_bytes(values if KIND == ADD_ALL else numbers, size * (SIZE if KIND == ADD_ALL else 4))
+        blocks = (inner + LANES - 1) // LANES
+        begin, end = share(outer * blocks, chunk, chunks)
+        for job in range(begin, end):
+            n, c = job // blocks, job % blocks * LANES
+            count, at = min(LANES, inner - c), n * O * P * Q * inner + c
+            channels = LANES if ACROSS else count
+            target_at = target + (n * D * H * W * inner + c) * SIZE
+            found = 0
+            if KERNEL > 0:
+                valid = lay_out_all(arguments, source + at * SIZE, where + at * 8, values, numbers, channels)
+                if valid == O * P * Q * count:
+                    found = spread(arguments, values, numbers, target_at, channels)
+            astray = KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count)
+            if astray and scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count):
+                put_integer(bad, chunk, 1)
+
+    return spreading
+
+
+def gather(values, indices, out):
+    """Read the value that each index names; return False if an index is outside the plane."""
+    bad = np.zeros((len(out), -(-out.shape[-1] // LANES)), np.bool_)
+    _gather(_flat(values), _flat(indices), _flat(out), bad)
     return not bad.any()
+
+
+def average_backward(geometry, grad, dx, count_padding, divisor):
+    """Write the gradient of the average with respect to its input to `dx`."""
+    regular, divisor = _spread_average(geometry, count_padding, divisor)
+    with workspace({"shares": Buffer(grad.shape if divisor == 0 else (0,), grad.dtype)}) as lent:
+        if divisor == 0:
+            counts = _counts(geometry, count_padding)
+            per_window = np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2])[..., None]
+            grad = np.divide(grad, np.maximum(per_window, 1), out=lent["shares"], casting="unsafe")
+        if regular and grad.size:
+            _spread(ADD_ALL, grad, None, regular, dx, None, divisor or 1)
+        else:
+            inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, dx.shape[1:4])]
+            taps = np.prod([w[:, 3].max(initial=0) for w in inverse], dtype=object)
+            _reduce(SUM if taps <= MOST_TAPS else WIDE_SUM, grad, inverse, dx, None, 0, False, divisor or 1)
+
+
+@lru_cache(maxsize=256)
+def _spread_average(geometry, count_padding, divisor):
+    """Return the windows to spread, None if that takes other means, and what to divide by: 0 if windows differ."""
+    g, missing = geometry, (1,) * (3 - geometry.spatial_dims)
+    counts = _counts(g, count_padding)
+    if divisor == 0 and all(np.ptp(c) == 0 for c in counts):
+        divisor = max(math.prod(int(c[0]) for c in counts), 1)
+    kernel, stride = (missing + tuple(each) for each in (g.kernel_size, g.stride))
+    if g.spatial_dims == 1:
+        # The rows beside the only one are zeros.
+        kernel, stride = (each[1:] + each[2:] for each in (kernel, stride))
+    firsts = (*(0,) * len(missing), *(-before for before, _ in g.padding))
+    regular = _Regular(kernel, stride, firsts)
+    return regular if regular.is_unrolled() and not g.is_adaptive and set(g.dilation) == {1} else None, divisor
+
+
+def _counts(geometry, count_padding):
+    """Return how many elements the windows along each dimension have."""
+    inside = [np.maximum(-((w[:, 0] - w[:, 1]) // w[:, 2]), 0) for w in geometry.windows]
+    return [w[:, 3] for w in geometry.windows] if count_padding else inside
+
+
+@lru_cache(maxsize=1024)
+def _inverse(table, size):
+    """Return the windows of the gradient: the range of windows that hold each of `size` elements."""
+    windows = np.frombuffer(table, np.int64).reshape(-1, 4)
+    numbers, count = np.arange(len(windows)), np.zeros(size, np.int64)
+    first, last = np.full(size, len(windows)), np.full(size, -1)
+    for tap in range((windows[:, 3]).max(initial=0)):
+        at = windows[:, 0] + tap * windows[:, 2]
+        inside = at < windows[:, 1]
+        # Two windows do not have the same tap in one place, but of adaptive ones those of one element.
+        np.minimum.at(first, at[inside], numbers[inside])
+        np.maximum.at(last, at[inside], numbers[inside])
+        np.add.at(count, at[inside], 1)
+    step = np.maximum((last - first) // np.maximum(count - 1, 1), 1)
+    return np.column_stack([np.minimum(first, last + 1), last + 1, step, count])
 
 
 def _flat(array):
@@ -155,56 +459,21 @@ def _flat(array):
     return array.reshape(outer, D * H * W, inner)
 
 
-def gather(values, indices, out):
-    """Read the value that each index names; return False if an index is outside the plane."""
-    bad = np.zeros(len(out), np.bool_)
-    _gather(_flat(values), _flat(indices), _flat(out), bad)
-    return not bad.any()
-
-
-def average_backward(grad, windows, dx, count_padding, divisor):
-    """Write the gradient of the average with respect to its input to `dx`."""
-    dx[...] = 0
-    _average_backward(grad, *windows, dx, count_padding, divisor)
-
-
 @kernel
-def _scatter(values, indices, target, bad, add):
-    outer, L, inner = values.shape
-    positions, blocks = target.shape[1], bad.shape[1]
+def _gather(values, indices, out, bad):
+    outer, L, inner = out.shape
+    positions, blocks = values.shape[1], bad.shape[1]
     for job in prange(outer * blocks):
         n, start = job // blocks, job % blocks * LANES
-        end = min(start + LANES, inner)
-        # Zeros are still in the cache when they are added to.
-        for i in range(positions):
-            for c in range(start, end):
-                target[n, i, c] = 0
-        wrong = False
+        end, wrong = min(start + LANES, inner), False
         for i in range(L):
             for c in range(start, end):
                 position = indices[n, i, c]
                 if np.uint64(position) < np.uint64(positions):
-                    if add:
-                        target[n, position, c] += values[n, i, c]
-                    else:
-                        target[n, position, c] = values[n, i, c]
-                else:
-                    wrong |= (not add) | (position != -1)
-        bad[n, start // LANES] = wrong
-
-
-@kernel
-def _gather(values, indices, out, bad):
-    outer, L, inner = out.shape
-    positions = values.shape[1]
-    for n in prange(outer):
-        for i in range(L):
-            for c in range(inner):
-                position = indices[n, i, c]
-                if 0 <= position < positions:
                     out[n, i, c] = values[n, position, c]
                 else:
-                    bad[n] = True
+                    wrong = True
+        bad[n, start // LANES] = wrong
 
 
 @device

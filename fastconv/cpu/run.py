@@ -215,7 +215,7 @@ def avg_pool_backward(geometry, grad_output, count_include_pad, divisor):
     stored, dtype = stored_format(grad_output, g.data_format), _pool_dtype(grad_output.dtype)
     dx, planes = _fresh(stored, g.batch, g.channels, g.input_size, dtype)
     grad = _as_planes(grad_output, g.data_format, stored, dtype)
-    pool.average_backward(grad, g.windows, planes, count_include_pad, divisor)
+    pool.average_backward(g, grad, planes, count_include_pad, divisor)
     return _given_back(dx, stored, g.data_format, grad_output.dtype)
 
 

@@ -124,6 +124,17 @@ def integer(typing_context, place, at):
 
 
 @intrinsic
+def put_integer(typing_context, place, at, value):
+    """Write the int64 number `at` those at an address."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def call(typing_context, function, arguments, chunk):
     """Call the function at an address with two int64 arguments."""
 
@@ -846,21 +857,20 @@ def _element_type(number):
 @intrinsic(prefer_literal=True)
 def reduce_window(
     typing_context, operation, element, lanes, step, position_bits,
-    source, row_step, rows, column_step, columns, position, position_row, position_column, target, where, count, more,
-    divisor,
+    source, depth_step, depths, row_step, rows, column_step, columns,
+    position, position_depth, position_row, position_column, target, where, count, divisor,
 ):  # fmt: skip
     """Reduce `count` windows side by side, one in each lane, `step` elements apart; 0: channels of the same window.
 
-    Tap (i, j) is at source + i*row_step + j*column_step, its number position + i*position_row + j*position_column.
+    A tap is so many steps from `source` along depth, rows and columns, and its number as many from `position`.
     The maximum goes to `target` and, unless `position_bits` is 0, the number of its tap to int64 numbers at `where`:
-    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided. With `more`, what is there
-    already takes part.
+    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided.
     """
     shape = [t.literal_value for t in (operation, element, lanes, step, position_bits)]
-    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 12, types.float64)
+    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 14, types.float64)
 
     def generate(context, builder, signature, args):
-        _Window(builder, args[15], *shape).generate(*args[5:15], *args[16:])
+        _Window(builder, args[18], *shape).generate(*args[5:18], args[19])
         return context.get_dummy_value()
 
     return signature, generate
@@ -882,28 +892,34 @@ class _Window:
         self.wide_mask = self.mask if step <= 1 else _lanes_below(builder, spread, lanes * step)
 
     def generate(
-        self, source, row_step, rows, column_step, columns, position, position_row, position_column, target, where,
-        more, divisor,
+        self, source, depth_step, depths, row_step, rows, column_step, columns,
+        position, position_depth, position_row, position_column, target, where, divisor,
     ):  # fmt: skip
         builder = self.builder
-        is_more = builder.icmp_signed("!=", more, ir.Constant(_I64, 0))
-        best = self._begin(is_more, target, self.vector, self._lowest(self.held))
-        found = None
+        best, found = cgutils.alloca_once_value(builder, self._lowest(self.held)), None
         if self.positions:
-            nothing = builder.icmp_signed("==", builder.mul(rows, columns), ir.Constant(_I64, 0))
+            taps = builder.mul(builder.mul(depths, rows), columns)
+            nothing = builder.icmp_signed("==", taps, ir.Constant(_I64, 0))
             first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
-            found = self._begin(is_more, where, ir.VectorType(_I64, self.lanes), first)
-        with cgutils.for_range(builder, rows) as row:
-            at = builder.add(source, builder.mul(row.index, row_step))
-            number = builder.add(position, builder.mul(row.index, position_row))
-            with cgutils.for_range(builder, columns) as column:
-                value = self._load(builder.add(at, builder.mul(column.index, column_step)))
-                if self.operation != MAXIMUM:
-                    builder.store(builder.fadd(builder.load(best), self._held(value)), best)
-                else:
-                    here = builder.add(number, builder.mul(column.index, position_column))
-                    self._take(value, here, best, found)
+            found = cgutils.alloca_once_value(builder, first)
+        with (
+            cgutils.for_range(builder, depths) as depth,
+            cgutils.for_range(builder, rows) as row,
+            cgutils.for_range(builder, columns) as column,
+        ):
+            counts = depth.index, row.index, column.index
+            value = self._load(self._along(source, counts, (depth_step, row_step, column_step)))
+            if self.operation != MAXIMUM:
+                builder.store(builder.fadd(builder.load(best), self._held(value)), best)
+            else:
+                here = self._along(position, counts, (position_depth, position_row, position_column))
+                self._take(value, here, best, found)
         self._end(best, found, target, where, divisor)
+
+    def _along(self, start, counts, steps):
+        for count, step in zip(counts, steps):
+            start = self.builder.add(start, self.builder.mul(count, step))
+        return start
 
     def _held(self, value):
         return value if value.type == self.held else self.builder.fpext(value, self.held)
@@ -917,17 +933,6 @@ class _Window:
         else:
             lowest = float("-inf")
         return ir.Constant(held, [lowest] * self.lanes)
-
-    def _begin(self, is_more, place, stored, start):
-        """A variable that begins with what is at a place, or with `start`."""
-        builder, variable = self.builder, cgutils.alloca_once_value(self.builder, start)
-        with builder.if_then(is_more):
-            before = self._masked(place, stored, self.mask)
-            if stored != start.type:
-                narrow = isinstance(stored.element, ir.IntType)
-                before = builder.trunc(before, start.type) if narrow else builder.fpext(before, start.type)
-            builder.store(before, variable)
-        return variable
 
     def _load(self, place):
         if self.step <= 1:
@@ -969,3 +974,222 @@ class _Window:
             if self.positions.element.width < 64:
                 numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
             _masked_store(builder, numbers, builder.inttoptr(where, numbers.type.as_pointer()), self.mask)
+
+
+@intrinsic(prefer_literal=True)
+def deposit(typing_context, element, add, source, target):
+    """Write the element at one address to another, or with `add` add it to what is there."""
+    kind, adds = _element_type(element.literal_value)[0], add.literal_value
+
+    def generate(context, builder, signature, args):
+        source, target = (builder.inttoptr(place, kind.as_pointer()) for place in args[2:])
+        value = builder.load(source)
+        if adds:
+            plus = builder.add if isinstance(kind, ir.IntType) else builder.fadd
+            value = plus(builder.load(target), value)
+        builder.store(value, target)
+        return context.get_dummy_value()
+
+    return types.void(element, add, types.int64, types.int64), generate
+
+
+def rows_together(stride):
+    """Return how many rows of windows `spread_windows` takes at a time: each is loaded once for all."""
+    return 4 if stride == 1 else 1
+
+
+# What `spread_windows` does with the values of the windows an element is in.
+ADD_MATCHING, LAST_MATCHING, ADD_ALL = range(3)
+
+
+@intrinsic(prefer_literal=True)
+def lay_out(typing_context, kind, element, lanes, values, indices, count, plane, to_values, to_numbers):
+    """Lay out a vector for `spread_windows`: `count` values and their indices plus one, zeros from there on.
+
+    An index that is not in range(plane) becomes zero; returned is how many are.
+    """
+    matching, kind_of, shape = kind.literal_value != ADD_ALL, element.literal_value, lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        values, indices, count, plane, to_values, to_numbers = args[3:]
+        vector, wide = ir.VectorType(_element_type(kind_of)[0], shape), ir.VectorType(_I64, shape)
+        narrow = ir.VectorType(_I32, shape)
+        inside = _lanes_below(builder, count, shape)
+        value = _masked_load(builder, builder.inttoptr(values, vector.as_pointer()), inside, vector)
+        _store_unaligned(builder, value, to_values)
+        if not matching:
+            return count
+        index = _masked_load(builder, builder.inttoptr(indices, wide.as_pointer()), inside, wide)
+        valid = builder.and_(inside, builder.icmp_unsigned("<", index, _splat(builder, plane, shape)))
+        number = builder.add(builder.trunc(index, narrow), ir.Constant(narrow, [1] * shape))
+        number = builder.select(valid, number, ir.Constant(narrow, [0] * shape))
+        _store_unaligned(builder, number, to_numbers)
+        return _set_lanes(builder, valid)
+
+    return types.int64(kind, element, lanes, *[types.int64] * 6), generate
+
+
+def _store_unaligned(builder, vector, place):
+    builder.store(vector, builder.inttoptr(place, vector.type.as_pointer())).align = _nbytes(vector.type.element)
+
+
+def _set_lanes(builder, mask):
+    """Return how many lanes of a mask are set."""
+    bits = builder.bitcast(mask, ir.IntType(mask.type.count))
+    wide = ir.IntType(max(mask.type.count, 8))
+    return builder.zext(builder.ctpop(bits if bits.type == wide else builder.zext(bits, wide)), _I64)
+
+
+@intrinsic(prefer_literal=True)
+def spread_windows(
+    typing_context, kind, element, lanes, across, kernel, stride,
+    values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
+    target, target_row, target_column, divisor,
+):  # fmt: skip
+    """Write `stride` columns of a few rows for each lane: the sums of the values of the windows that hold them.
+
+    The rows are those of `rows_together(stride)` windows. Lanes are neighbouring windows (`across`), or else the
+    first `count` are channels. A window is `kernel` x `kernel`; one begins at (h, w), the first element. In elements
+    from `values` and `numbers`, the window before is a row or column step back, and the next of `depths` a depth step
+    on. A value takes part where its number is that of the element, `position` for the first; returned is how many
+    did. With ADD_ALL each does, and the sum is divided.
+    """
+    shape = [t.literal_value for t in (kind, element, lanes, across, kernel, stride)]
+    signature = types.int64(kind, element, lanes, across, kernel, stride, *[types.int64] * 15, types.float64)
+
+    def generate(context, builder, signature, args):
+        return _Spread(builder, *shape).generate(*args[6:])
+
+    return signature, generate
+
+
+class _Spread:
+    """Generates `spread_windows`: a register for each of the elements, and each window loaded once for all."""
+
+    def __init__(self, builder, kind, element, lanes, across, kernel, stride):
+        self.builder, self.kind, self.lanes, self.across = builder, kind, lanes, across
+        self.kernel, self.stride = kernel, stride
+        self.vector = ir.VectorType(_element_type(element)[0], lanes)
+        self.numbers = ir.VectorType(_I32, lanes)
+        self.height = stride * rows_together(stride)
+        self.cells = [(a, t) for a in range(self.height) for t in range(stride)]
+
+    def generate(
+        self, values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
+        target, target_row, target_column, divisor,
+    ):  # fmt: skip
+        builder = self.builder
+        rows = [self._below(builder.add(h, self._number(a)), H) for a in range(self.height)]
+        columns = [self._columns(builder.add(w, self._number(t)), W, count) for t in range(self.stride)]
+        wanted = {}
+        for a, t in self.cells if self.kind != ADD_ALL else ():
+            first = builder.add(position, builder.add(builder.mul(W, self._number(a)), self._number(t)))
+            inside = builder.and_(columns[t], _splat(builder, rows[a], self.lanes))
+            wanted[a, t] = builder.select(inside, self._from(first), ir.Constant(self.numbers, [-1] * self.lanes))
+        zeros = ir.Constant(self.vector, [0.0] * self.lanes)
+        sums = {cell: cgutils.alloca_once_value(builder, zeros) for cell in self.cells}
+        matches = cgutils.alloca_once_value(builder, self._number(0))
+        earlier = range((self.kernel - 1) // self.stride, -1, -1)
+        with cgutils.for_range(builder, depths) as depth:
+            start = builder.mul(depth.index, depth_step)
+            # In scan order, as a scatter would add them.
+            later = range(-1, -rows_together(self.stride), -1)
+            for i, j in ((i, j) for i in (*earlier, *later) for j in earlier):
+                back = builder.add(builder.mul(row_step, self._number(i)), builder.mul(column_step, self._number(j)))
+                self._window(i, j, builder.sub(start, back), values, numbers, wanted, sums, matches)
+        length = self.stride * self.lanes if self.across else self.stride
+        whole = builder.and_(self._below(w, W), self._below(builder.add(w, self._number(length - 1)), W))
+        if not self.across:
+            whole = builder.and_(whole, builder.icmp_signed("==", count, self._number(self.lanes)))
+        for a in range(self.height):
+            with builder.if_then(rows[a]):
+                results = [builder.load(sums[a, t]) for t in range(self.stride)]
+                if self.kind == ADD_ALL:
+                    results = [self._divided(result, divisor) for result in results]
+                place = builder.add(target, builder.mul(target_row, self._number(a)))
+                self._store(results, columns, whole, place, target_column, w, W)
+        return builder.load(matches)
+
+    def _number(self, value):
+        return ir.Constant(_I64, value)
+
+    def _below(self, value, end):
+        """Whether a number is in range(end): as unsigned, a negative one is large."""
+        return self.builder.icmp_unsigned("<", value, end)
+
+    def _splat(self, value):
+        return _splat(self.builder, self.builder.trunc(value, _I32), self.lanes)
+
+    def _from(self, first, step=None):
+        """Return `first` in each lane, or counting up in steps where lanes are windows."""
+        step = (step or self.stride) if self.across else 0
+        return self.builder.add(self._splat(first), ir.Constant(self.numbers, [step * i for i in range(self.lanes)]))
+
+    def _columns(self, w, W, count):
+        """Return the mask of the lanes whose column from `w` on is in the row."""
+        builder = self.builder
+        inside = builder.icmp_unsigned("<", self._from(w), self._splat(W))
+        return inside if self.across else builder.and_(inside, _lanes_below(builder, count, self.lanes))
+
+    def _window(self, i, j, offset, values, numbers, wanted, sums, matches):
+        """Add one window's value to the elements it holds."""
+        builder, kernel, stride = self.builder, self.kernel, self.stride
+        value, matching = self._at(values, offset, self.vector), None
+        number = self._at(numbers, offset, self.numbers) if wanted else None
+        for a, t in self.cells:
+            if not 0 <= a + i * stride < kernel or t + j * stride >= kernel:
+                continue
+            before = builder.load(sums[a, t])
+            after = value if self.kind == LAST_MATCHING else builder.fadd(before, value)
+            if wanted:
+                match = builder.icmp_signed("==", number, wanted[a, t])
+                after = builder.select(match, after, before)
+                # A number is that of one element at most.
+                matching = builder.or_(matching, match) if matching else match
+            builder.store(after, sums[a, t])
+        if matching:
+            builder.store(builder.add(builder.load(matches), _set_lanes(builder, matching)), matches)
+
+    def _at(self, base, offset, vector):
+        """Load the vector that begins so many elements from an address."""
+        builder = self.builder
+        place = builder.add(base, builder.mul(offset, self._number(_nbytes(vector.element))))
+        return _load(builder, builder.inttoptr(place, _I8P), 0, vector, _nbytes(vector.element))
+
+    def _divided(self, total, divisor):
+        builder, kind = self.builder, self.vector.element
+        by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
+        return builder.fdiv(total, _splat(builder, by, self.lanes))
+
+    def _store(self, results, columns, whole, place, target_column, w, W):
+        """Write a row: of channels element by element, of windows interleaved."""
+        builder = self.builder
+        if self.across:
+            results, target_column = (
+                _interleaved(builder, results),
+                self._number(self.lanes * _nbytes(self.vector.element)),
+            )
+        for t, result in enumerate(results):
+            at = builder.add(place, builder.mul(target_column, self._number(t)))
+            with builder.if_else(whole, likely=True) as (then, otherwise):
+                with then:
+                    _store_unaligned(builder, result, at)
+                with otherwise:
+                    # Slower by far, even where all lanes are written.
+                    inside = columns[t]
+                    if self.across:
+                        first = builder.add(w, self._number(t * self.lanes))
+                        inside = builder.icmp_unsigned("<", self._from(first, 1), self._splat(W))
+                    _masked_store(builder, result, builder.inttoptr(at, result.type.as_pointer()), inside)
+
+
+def _interleaved(builder, vectors):
+    """Return vectors with the first elements of all, then the second ones, and so on."""
+    count, lanes = len(vectors), vectors[0].type.count
+    whole = vectors[0]
+    for k, vector in enumerate(vectors[1:], 2):
+        # Operands of a shuffle are as long as each other.
+        padded = _shuffle(builder, vector, vector, [i % lanes for i in range(lanes * (k - 1))])
+        whole = _shuffle(builder, whole, padded, list(range(lanes * k)))
+    order = [i % count * lanes + i // count for i in range(count * lanes)]
+    return [_shuffle(builder, whole, whole, order[k : k + lanes]) for k in range(0, count * lanes, lanes)]
