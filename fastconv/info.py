@@ -298,7 +298,7 @@ def _options() -> dict[str, dict[str, Any]]:
 
 
 def _source(option: str) -> str:
-    if option in (config._scoped.get() or {}):
+    if option in dict(config._scoped.get()):
         return "block"
     if option in config._assigned:
         return "assigned"
