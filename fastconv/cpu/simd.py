@@ -124,6 +124,17 @@ def integer(typing_context, place, at):
 
 
 @intrinsic
+def store_integer(typing_context, place, at, value):
+    """Write the int64 number `at` those at an address."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def call(typing_context, function, arguments, chunk):
     """Call the function at an address with two int64 arguments."""
 
