@@ -44,6 +44,7 @@ _LAZY = {
         "adaptive_max_pool{}d", "adaptive_max_pool{}d_backward",
     ),
     "fastconv.ops.patches": ["unfold", "fold"],
+    "fastconv.ops.plans": ["ConvPlan", *_dims("plan_conv{}d")],
     "fastconv.geometry": ["ConvGeometry", "PoolGeometry", "ReceptiveField"],
     "fastconv.selection": ["algorithms", "explain"],
     "fastconv.info": ["show_config", "warmup"],

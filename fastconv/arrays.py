@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from .errors import ArgumentTypeError, DTypeError, UnsupportedError
 HALF = ("float16", "bfloat16")
 FLOATING = ("float32", "float64", *HALF)
 INTEGER8 = ("int8", "uint8")
+# Elements from which an array begins a cache line of its own.
+LARGE = 1 << 18
 
 
 class NumpyArrays:
@@ -182,10 +186,16 @@ def _bfloat16() -> np.dtype:
 
 def empty(dimensions: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return a fresh C-contiguous array; with the option `poison`, full of NaN (of a large number for integers)."""
-    array = _aligned(dimensions, np.dtype(dtype)) if math.prod(dimensions) >= 1 << 18 else np.empty(dimensions, dtype)
+    array = _aligned(dimensions, np.dtype(dtype)) if math.prod(dimensions) >= LARGE else np.empty(dimensions, dtype)
     if config.get("poison"):
         array.fill(np.iinfo(array.dtype).max // 3 if array.dtype.kind in "iu" else np.nan)
     return array
+
+
+def allocator(dimensions: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
+    """Return a function that makes such arrays as :func:`empty` does, while the options stay as they are."""
+    small = math.prod(dimensions) < LARGE and not config.get("poison")
+    return partial(np.empty if small else empty, dimensions, np.dtype(dtype))
 
 
 def _aligned(dimensions: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

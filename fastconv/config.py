@@ -43,8 +43,16 @@ DEFAULTS: dict[str, Any] = {
     "poison": False,
 }
 
-_scoped: ContextVar[dict[str, Any] | None] = ContextVar("fastconv_options", default=None)
+# (option, value) pairs in order of their names: equal blocks are equal keys.
+_scoped: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("fastconv_options", default=())
 _assigned: dict[str, Any] = {}
+_generation = 0
+_watched: tuple[Callable[[], Any], ...] = ()
+
+# os.environ encodes every name and decodes every value anew, which takes longer than a small convolution.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_encoded: Callable[[str], Any] = getattr(os.environ, "encodekey", str)
+_KEYS = {option: _encoded(f"FASTCONV_{option.upper()}") for option in DEFAULTS}
 
 
 def _check_name(option: str, value: Any) -> str:
@@ -98,10 +106,10 @@ def _checked(option: str, value: Any) -> Any:
 
 
 def _from_environment(option: str) -> Any:
-    variable = f"FASTCONV_{option.upper()}"
-    text = os.environ.get(variable)
-    if not text:
+    if not _variables.get(_KEYS[option]):
         return None
+    variable = f"FASTCONV_{option.upper()}"
+    text = os.environ[variable]
     value: Any = text
     if option in ("workspace_limit", "threads"):
         try:
@@ -115,13 +123,35 @@ def _from_environment(option: str) -> Any:
 
 def get(option: str) -> Any:
     """Return the value of an option as it stands for this thread now."""
-    scoped = _scoped.get()
-    if scoped is not None and option in scoped:
-        return scoped[option]
+    for name, value in _scoped.get():
+        if name == option:
+            return value
     if option in _assigned:
         return _assigned[option]
     value = _from_environment(option)
     return DEFAULTS[option] if value is None else value
+
+
+def state() -> tuple[Any, ...]:
+    """Return what is equal for two calls if nothing has changed between them but their arguments.
+
+    It holds every option, in whatever way it is set, and what :func:`changed` and :func:`watch` are told.
+    """
+    nothing_set = _variables.keys().isdisjoint(_KEYS.values())
+    variables = None if nothing_set else tuple(map(_variables.get, _KEYS.values()))
+    return _generation, _scoped.get(), variables, _watched and tuple([watched() for watched in _watched])
+
+
+def changed() -> None:
+    """Let no call rely on what was decided before."""
+    global _generation
+    _generation += 1
+
+
+def watch(function: Callable[[], Any]) -> None:
+    """Let what was decided hold only while `function`, which must be quick, returns the same."""
+    global _watched
+    _watched += (function,)
 
 
 @contextmanager
@@ -146,7 +176,7 @@ def options(**values: Any) -> Iterator[None]:
     'direct'
     """
     checked = {option: _checked(option, value) for option, value in values.items()}
-    token = _scoped.set({**(_scoped.get() or {}), **checked})
+    token = _scoped.set(tuple(sorted({**dict(_scoped.get()), **checked}.items())))
     try:
         yield
     finally:
@@ -164,12 +194,14 @@ class _ConfigModule(types.ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DEFAULTS:
             _assigned[name] = _checked(name, value)
+            changed()
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in DEFAULTS:
             _assigned.pop(name, None)
+            changed()
         else:
             super().__delattr__(name)
 

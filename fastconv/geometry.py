@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from operator import index
 from typing import Any
@@ -208,6 +208,14 @@ class ConvGeometry:
     padding_mode: str = "zeros"
     dtype: np.dtype = FLOAT32
     batched: bool = True
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept, because every call looks up what is known of its geometry, several times."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
     def create(

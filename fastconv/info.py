@@ -300,7 +300,7 @@ def _options() -> dict[str, dict[str, Any]]:
 
 
 def _source(option: str) -> str:
-    if option in (config._scoped.get() or {}):
+    if option in dict(config._scoped.get()):
         return "block"
     if option in config._assigned:
         return "assigned"
@@ -421,6 +421,17 @@ def _warm_conv(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
             conv(a.image(), weight, bias, groups=groups, activation="relu", **named, **how)
 
 
+def _warm_plan(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
+    import fastconv
+
+    _warm_conv(dims, a, how)
+    # A weight that takes a kernel to compare.
+    x, weight = a.image(16), np.zeros((512, 16, *(3,) * len(a.spatial)), a.dtype)
+    plan = getattr(fastconv, f"plan_conv{dims}d")(x.shape, weight, algorithm="implicit_gemm", **how)
+    for _ in range(2):
+        plan(x)
+
+
 def _warm_conv_backward(dims: str, a: _Arrays, how: dict[str, Any]) -> None:
     import fastconv
 
@@ -493,6 +504,7 @@ def _warm_patches(a: _Arrays) -> None:
 _WARM_UPS: dict[str, Callable[..., None]] = {
     "conv{}d": _warm_conv,
     "conv{}d_backward": _warm_conv_backward,
+    "plan_conv{}d": _warm_plan,
     "conv_transpose{}d": _warm_transpose,
     "conv_transpose{}d_backward": _warm_transpose_backward,
     **{

@@ -9,6 +9,12 @@ To add an algorithm, write one module per device and register one record. The mo
     input_grad(geometry, grad_output, weight, out, workspace)
     weight_grad(geometry, grad_output, x, out, workspace)
 
+Two more are optional. `bind` makes calls of small problems quick, where no workspace is needed::
+
+    bind(geometry, direction, activation) -> function of (factor, factor, bias or None, out)
+
+and `kept`, `pack` and `run`, see `cpu/plan.py`, let a plan pack the weight once.
+
 `geometry` is lifted: three spatial dimensions, zero padding, and `data_format` and `dtype` those of the arrays,
 which are C-contiguous. `out` is fresh memory to be written whole. `workspace` holds one array per Buffer
 declared, so an algorithm has the memory it stated and no other. Modules load at first use.
@@ -114,11 +120,13 @@ _algorithms: dict[tuple[str, str], Algorithm] = {}
 def register(algorithm: Algorithm) -> None:
     """Add an algorithm; one of the same name and device is replaced."""
     _algorithms[algorithm.device, algorithm.name] = algorithm
+    config.changed()
 
 
 def unregister(name: str, device: str) -> None:
     """Remove an algorithm."""
     _algorithms.pop((device, name), None)
+    config.changed()
 
 
 def on(device: str) -> list[Algorithm]:
@@ -144,7 +152,7 @@ def named(name: Any, device: str) -> list[Algorithm]:
     return chosen
 
 
-for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft"):
+for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft", "direct_small"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from . import config
 from ._version import __version__
 from .geometry import ConvGeometry
 
@@ -94,30 +95,35 @@ def _loaded() -> Entries:
     return _known
 
 
+def _changed() -> None:
+    """Let what has been chosen be chosen anew."""
+    global changes
+    changes += 1
+    config.changed()
+
+
 def record(entry: str, measured: Mapping[str, float]) -> None:
     """Keep measured seconds, in memory and in the file."""
-    global changes
     with _turn:
         known = _loaded()
         known[entry] = {**known.get(entry, {}), **measured}
-        changes += 1
+        _changed()
         _update_file(lambda there: {**known, **there, entry: {**there.get(entry, {}), **measured}})
 
 
 def reload() -> None:
     """Read the file anew at the next convolution: other processes may have measured more."""
-    global _known, changes
+    global _known
     with _turn:
         _known = None
-        changes += 1
+        _changed()
 
 
 def clear() -> None:
     """Forget everything measured on this machine, in memory and in the file."""
-    global changes
     with _turn:
         _loaded().clear()
-        changes += 1
+        _changed()
         _update_file(lambda there: {})
 
 

@@ -30,6 +30,7 @@ from numba.core.serialize import dumps
 from numba.types import int64, void  # type: ignore[attr-defined]
 
 from . import threads
+from .memory import address as address_of
 from .simd import call
 
 # Contract a*b+c into one rounding and reorder sums; never assume that numbers are finite.
@@ -90,8 +91,11 @@ class Task:
 
     def __call__(self, chunks: int, *arguments: int) -> None:
         """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`."""
-        numbers = np.array((chunks, *arguments), np.int64)
-        address = numbers.__array_interface__["data"][0]
+        self.start(np.array((chunks, *arguments), np.int64))
+
+    def start(self, numbers: np.ndarray) -> None:
+        """Run the task with arguments that are int64 numbers already."""
+        address, chunks = address_of(numbers), int(numbers[0])
         if chunks == 1:
             # Nothing to share: no thread is woken.
             self.compiled.ctypes(address, 0)

@@ -156,7 +156,7 @@ def _axis(g, direction, axis):
         step, extent = s, n
         phases = [Phase(0, size, 1, tuple((t, t * d - before) for t in range(k)))]
     positions = [position for phase in phases for _, position in phase.taps]
-    return Axis(extent, step, min(positions), max(positions), tuple(phases))
+    return Axis(extent, step, min(positions, default=0), max(positions, default=0), tuple(phases))
 
 
 @lru_cache(maxsize=1024)

@@ -72,6 +72,9 @@ def _pixels(y, bias, code):
 
 def sum_pixels(grad, result):
     """Write the sum of `grad`, (N, C, L) or (L, C), over all but the channels to `result`, added up in float64."""
+    if grad.size < PART:
+        result[...] = grad.sum(axis=(0, 2) if grad.ndim == 3 else 0, dtype=np.float64)
+        return
     if grad.ndim == 3:
         N, C, _ = grad.shape
         sums = np.empty((N, C))

@@ -13,6 +13,7 @@ time, in the order of the taps. Bias and activation are applied in registers, an
 channels last go straight to the output; all others pass through a block in the cache.
 """
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -29,7 +30,9 @@ from .memory import address
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
 # Seconds of a call beside its loops; what of the tile's peak remains on real data.
-CALL_SECONDS, TILE_SHARE = 60e-6, 0.97
+CALL_SECONDS, TILE_SHARE = 20e-6, 0.97
+# Arguments of a gathering that follow those of its workspace, counted from the end.
+BEFORE_MASKS = -9
 # Elements of a weight that are packed before a second thread has woken.
 SERIAL_WEIGHT = 16 * 1024
 # Bytes of output beyond which it is not kept in the caches: a quarter of a third-level cache.
@@ -120,37 +123,57 @@ def _split(g, plan):
 
 def forward(geometry, x, weight, bias, activation, out, workspace):
     """Write the convolution of `x` with `weight`, plus bias, through the activation, to `out`."""
-    _pack(geometry, "forward", weight, workspace)
-    _gather(geometry, "forward", x, bias, activation, out, workspace)
+    pack(geometry, "forward", weight, workspace)
+    run(geometry, "forward", x, weight, bias, activation, out, workspace)
 
 
 def input_grad(geometry, grad_output, weight, out, workspace):
     """Write the gradient with respect to the input to `out`."""
-    _pack(geometry, "input_grad", weight, workspace)
-    _gather(geometry, "input_grad", grad_output, None, None, out, workspace)
+    pack(geometry, "input_grad", weight, workspace)
+    run(geometry, "input_grad", grad_output, weight, None, None, out, workspace)
 
 
-def _packed(g, direction, workspace):
-    """Yield (phase, plan, address of its packed weight)."""
-    place = _aligned(address(workspace["packed"])) if "packed" in workspace else 0
-    for phase, plan in _plans(g, direction):
-        yield phase, plan, place
-        if plan is not None:
-            place += g.groups * plan.panels * plan.depth * plan.panel_row
+def kept(geometry, direction):
+    """Return the buffers that `pack` writes and `run` only reads."""
+    return ("packed",)
 
 
-def _pack(g, direction, weight, workspace):
-    """Put the weight into the order in which tiles read it."""
-    inner, targets = _channels(g, direction)
-    for _, plan, packed in _packed(g, direction, workspace):
+@lru_cache(maxsize=1024)
+def _phases(g, direction, count):
+    """Return (phase, plan, bytes from the first packed weight to this phase's) of the phases that read a weight."""
+    found, place = [], 0
+    for phase, plan in plans(g, direction, count):
         if plan is not None and g.batch:
-            run, folded = tasks(plan.tile, g.dtype.itemsize), plan.phase.members is not None
-            taps = plan.depth // inner if folded or direction == "forward" else prod(g.kernel_size)
-            (run.pack_folded if folded else run.pack)(
-                1 if weight.size < SERIAL_WEIGHT else _chunks(g), packed, address(weight),
-                *weight.strides[:2], g.groups, inner, targets, taps, plan.depth,
-                address(plan.panel), direction == "input_grad", prod(plan.phase.fold),
-            )  # fmt: skip
+            found.append((phase, plan, place))
+            place += g.groups * plan.panels * plan.depth * plan.panel_row
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _packings(g, direction, count):
+    """Return (plan, task, its arguments but for addresses) of each phase."""
+    found, (inner, targets), taps_ = [], _channels(g, direction), prod(g.kernel_size)
+    row = g.in_channels // g.groups * taps_ * g.dtype.itemsize
+    for phase, plan, place in _phases(g, direction, count):
+        run, folded = tasks(plan.tile, g.dtype.itemsize), phase.members is not None
+        taps = plan.depth // inner if folded or direction == "forward" else taps_
+        numbers = (
+            1 if prod(g.weight_shape) < SERIAL_WEIGHT else count, place, 0, row, taps_ * g.dtype.itemsize,
+            g.groups, inner, targets, taps, plan.depth, address(plan.panel), direction == "input_grad",
+            prod(phase.fold),
+        )  # fmt: skip
+        # The plan holds the table.
+        found.append((plan, run.pack_folded if folded else run.pack, np.array(numbers, np.int64)))
+    return tuple(found)
+
+
+def pack(geometry, direction, weight, workspace):
+    """Put the weight into the order in which tiles read it."""
+    for _, task, numbers in _packings(geometry, direction, _chunks(geometry)):
+        numbers = numbers.copy()
+        numbers[1] += _aligned(address(workspace["packed"]))
+        numbers[2] = address(weight)
+        task.start(numbers)
 
 
 def _channels(g, direction):
@@ -159,26 +182,43 @@ def _channels(g, direction):
     return (K, C) if direction == "input_grad" else (C, K)
 
 
-def _gather(g, direction, source, bias, activation, out, workspace):
-    inner, targets = _channels(g, direction)
-    if not all(plan for _, plan in _plans(g, direction)):
+@lru_cache(maxsize=1024)
+def _gatherings(g, direction, code, count):
+    """Return (plan, task, its arguments but for addresses, strides of the workspace and streaming) of each phase."""
+    found, (inner, targets) = [], _channels(g, direction)
+    for phase, plan, place in _phases(g, direction, count):
+        run = tasks(plan.tile, g.dtype.itemsize)
+        numbers = (
+            count, 0, 0, *_numbers(plan, g.groups, inner),
+            address(plan.kinds), address(plan.kind), address(plan.offsets), address(plan.chains), plan.depth, code,
+            place, *[0] * 6, address(plan.masks), plan.masks.strides[0], *phase.fold, *plan.target.extent, targets,
+        )  # fmt: skip
+        found.append((plan, run.gather if phase.members is None else run.gather_folded, np.array(numbers, np.int64)))
+    return tuple(found)
+
+
+def run(geometry, direction, source, weight, bias, activation, out, workspace):
+    """Write the convolution with the weight that `pack` has put into the workspace to `out`."""
+    g, count = geometry, _chunks(geometry)
+    found = _gatherings(g, direction, CODES[activation], count)
+    if len(found) < len(plans(g, direction, count)):
         out[...] = 0
-    for _, plan, packed in _packed(g, direction, workspace):
-        if plan is None or g.batch == 0:
-            continue
+    if not found:
+        return
+    packed, strips_, blocks = (workspace[name] for name in ("packed", "strips", "blocks"))
+    places = address(strips_), strips_.strides[0], address(blocks), blocks.strides[0]
+    for plan, task, numbers in found:
         padded = 0
         if bias is not None:
             padded = address(workspace["bias"])
-            workspace["bias"][:, : plan.columns] = np.tile(bias.reshape(g.groups, targets), prod(plan.phase.fold))
-        strips_, blocks = workspace["strips"], workspace["blocks"]
-        run = tasks(plan.tile, g.dtype.itemsize)
-        (run.gather if plan.phase.members is None else run.gather_folded)(
-            len(strips_), address(source), address(out), *_numbers(plan, g.groups, inner),
-            address(plan.kinds), address(plan.kind), address(plan.offsets), address(plan.chains), plan.depth,
-            CODES[activation], packed, padded, _streams(plan, out),
-            address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
-            address(plan.masks), plan.masks.strides[0], *plan.phase.fold, *plan.target.extent, targets,
+            shape = g.groups, plan.columns // prod(plan.phase.fold)
+            workspace["bias"][:, : plan.columns] = np.tile(bias.reshape(shape), prod(plan.phase.fold))
+        numbers = numbers.copy()
+        numbers[1:3] = address(source), address(out)
+        numbers[BEFORE_MASKS - 7 : BEFORE_MASKS] = (
+            numbers[BEFORE_MASKS - 7] + _aligned(address(packed)), padded, _streams(plan, out), *places
         )  # fmt: skip
+        task.start(numbers)
 
 
 def _streams(plan, out):

@@ -36,10 +36,10 @@ from .simd import (
     integer,
     integers,
     lay_out,
-    put_integer,
     reduce_window,
     rows_together,
     spread_windows,
+    store_integer,
     zero_bytes,
 )
 from .workspace import workspace
@@ -229,9 +229,9 @@ def _sample(arguments, chunk):
                 first, last = min(first, offset), max(last, offset)
                 wider_first, wider_last = min(wider_first, offset - window), max(wider_last, offset - window)
         kernel, stride, first = _narrower(extent, count, first, last, wider_first, wider_last)
-        put_integer(found, axis, kernel if extent > 1 else 1)
-        put_integer(found, 3 + axis, stride)
-        put_integer(found, 6 + axis, first if extent > 1 else 0)
+        store_integer(found, axis, kernel if extent > 1 else 1)
+        store_integer(found, 3 + axis, stride)
+        store_integer(found, 6 + axis, first if extent > 1 else 0)
 
 
 class _Plan(NamedTuple):
@@ -386,7 +386,7 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
                     found = spread(arguments, values, numbers, target_at, channels)
             astray = KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count)
             if astray and scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count):
-                put_integer(bad, chunk, 1)
+                store_integer(bad, chunk, 1)
 
     return spreading
 

@@ -7,12 +7,15 @@ are built, and results go to the caller's dtype, format and `out`.
 All arrays are batched ndarrays in the format of the geometry.
 """
 
+from functools import partial
+from math import prod
+
 import numpy as np
 
 from .. import arrays
-from ..arrays import compute_dtype, empty, in_format, lift, memory_format, out_format
-from . import epilogue, padding, pool
-from .workspace import workspace
+from ..arrays import allocator, compute_dtype, empty, in_format, lift, memory_format, out_format
+from . import epilogue, padding, pool, threads
+from .workspace import layout_of, workspace
 
 
 def stored_format(array, data_format):
@@ -20,25 +23,30 @@ def stored_format(array, data_format):
     return memory_format(array, data_format == "channels_first") or data_format
 
 
-def conv_forward(choice, geometry, stored, x, weight, bias, activation, out):
-    """Return activation(conv(x, weight) + bias), in `out` if that is given."""
+def conv_forward(choice, geometry, stored, x, weight, bias, activation, out, compute=None):
+    """Return activation(conv(x, weight) + bias), in `out` if that is given.
+
+    A plan computes (x, bias, result) by itself: `compute` takes contiguous arrays.
+    """
     g, inner = geometry, choice.geometry
     dtype = inner.dtype
     x = _operand(g, stored, x, dtype if g.dtype.kind not in "iu" else x.dtype)
     if g.padding_mode != "zeros":
         x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
-    weight = lift(
-        in_format(weight, "channels_first", "channels_first", weight.dtype if dtype.kind in "iu" else dtype),
-        "channels_first",
-    )
     if bias is not None:
         bias = np.ascontiguousarray(bias, dtype)
+    if compute is None:
+        weight = lifted_weight(weight, dtype)
+        compute = partial(lifted_call(choice, "forward", activation), b=weight)
     result, direct = _destination(g, stored, g.out_channels, g.output_size, dtype, out, (x, weight, bias))
-    with workspace(choice.buffers) as lent:
-        choice.algorithm.implementation.forward(
-            inner, lift(x, stored), weight, bias, activation, lift(result, stored), lent
-        )
+    compute(x, bias=bias, result=result)
     return _finish(g, stored, result, direct, out)
+
+
+def lifted_weight(weight, dtype):
+    """Return the weight as kernels take it, for arithmetic in a dtype."""
+    dtype = weight.dtype if dtype.kind in "iu" else dtype
+    return lift(in_format(weight, "channels_first", "channels_first", dtype), "channels_first")
 
 
 def conv_input_grad(choice, geometry, stored, grad_output, weight, out=None, bias=None, activation=None):
@@ -81,12 +89,90 @@ def bias_grad(grad_output, data_format):
     stored = stored_format(grad_output, data_format)
     dtype = compute_dtype(grad_output.dtype)
     grad = in_format(grad_output, data_format, stored, dtype)
-    channels = grad.shape[1 if stored == "channels_first" else -1]
-    result = empty((channels,), dtype)
-    epilogue.sum_pixels(
-        grad.reshape(len(grad), channels, -1) if stored == "channels_first" else grad.reshape(-1, channels), result
-    )
+    result = empty((grad.shape[1 if stored == "channels_first" else -1],), dtype)
+    epilogue.sum_pixels(grad.reshape(_pixels_shape(grad.shape, stored)), result)
     return result if dtype == grad_output.dtype else result.astype(grad_output.dtype)
+
+
+def _pixels_shape(shape, stored):
+    """(N, C, L) or (L, C)."""
+    if stored == "channels_first":
+        return shape[0], shape[1], prod(shape[2:])
+    return prod(shape[:-1]), shape[-1]
+
+
+# --- prepared calls --------------------------------------------------------------------------------------------
+
+
+def prepared_forward(choice, geometry, activation):
+    """Return a function of (x, weight, bias) that is a whole forward call, as `calls` keeps it, or None."""
+    return _prepared(choice, geometry, "forward", geometry.output_shape, activation)
+
+
+def prepared_input_grad(choice, geometry):
+    """Return a function of (grad_output, weight) for the gradient with respect to the input, or None."""
+    return _prepared(choice, geometry, "input_grad", geometry.x_shape)
+
+
+def prepared_weight_grad(choice, geometry):
+    """Return a function of (grad_output, x) for the gradient with respect to the weight, or None."""
+    return _prepared(choice, geometry, "weight_grad", geometry.weight_shape)
+
+
+def prepared_bias_grad(geometry):
+    """Return a function of grad_output for the gradient with respect to the bias, or None."""
+    g = geometry
+    if g.is_empty or compute_dtype(g.dtype) != g.dtype:
+        return None
+    shape = _pixels_shape(_shape(g.data_format, g.batch, g.out_channels, g.output_size), g.data_format)
+    make = allocator((g.out_channels,), g.dtype)
+
+    def run(grad_output):
+        result = make()
+        epilogue.sum_pixels(grad_output.reshape(shape), result)
+        return result
+
+    return run
+
+
+def _prepared(choice, geometry, direction, shape, activation=None):
+    """Return a function of (factor, factor, bias) that makes the result; None if arrays are staged on the way."""
+    if is_staged(choice, geometry):
+        return None
+    make, compute = allocator(shape, geometry.dtype), lifted_call(choice, direction, activation)
+    # The workspace is for so many threads.
+    count = threads.count() if choice.buffers else None
+
+    def run(a, b, bias=None):
+        if count is not None and threads.count() != count:
+            return None
+        result = make()
+        compute(a, b, bias, result)
+        return result
+
+    return run
+
+
+def is_staged(choice, geometry):
+    """Whether the algorithm does not work on the caller's arrays, contiguous as they may be, or there is none."""
+    return geometry.is_empty or geometry.padding_mode != "zeros" or choice.geometry.dtype != geometry.dtype
+
+
+def lifted_call(choice, direction, activation=None):
+    """Return a function of (factor a, factor b, bias, result) that runs an algorithm on contiguous arrays."""
+    g, algorithm = choice.geometry, choice.algorithm.implementation
+    if hasattr(algorithm, "bind"):
+        return algorithm.bind(g, direction, activation)
+    function, layout = getattr(algorithm, direction), layout_of(choice.buffers)
+    x, w, y = g.x_shape, g.weight_shape, g.output_shape
+    first, second, last = {"forward": (x, w, y), "input_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
+
+    def compute(a, b, bias, result):
+        more = (bias, activation) if direction == "forward" else ()
+        with workspace(choice.buffers, layout) as lent:
+            function(g, a.reshape(first), b.reshape(second), *more, result.reshape(last), lent)
+
+    return compute
 
 
 def _operand(geometry, stored, array, dtype):

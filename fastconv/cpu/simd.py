@@ -124,7 +124,7 @@ def integer(typing_context, place, at):
 
 
 @intrinsic
-def put_integer(typing_context, place, at, value):
+def store_integer(typing_context, place, at, value):
     """Write the int64 number `at` those at an address."""
 
     def generate(context, builder, signature, args):

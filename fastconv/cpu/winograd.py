@@ -65,7 +65,7 @@ BLOCK_BYTES = 768 * 1024
 # Bytes of U that a thread makes at a time, where it is made by panels.
 PART_BYTES = 512 * 1024
 # Seconds of a call beside its loops.
-CALL_SECONDS = 110e-6
+CALL_SECONDS = 70e-6
 # Bytes of a strip.
 STRIP_BYTES = 128 * 1024
 # Bytes of V, and of V and Y of the tiles that a weight gradient sums at once, that all threads share.
@@ -199,30 +199,46 @@ class Winograd:
 
     def forward(self, g, x, weight, bias, activation, out, workspace):
         """Write the convolution of `x` with `weight`, plus bias, through the activation, to `out`."""
-        self._convolve(g, "forward", x, weight, bias, activation, out, workspace)
+        self.pack(g, "forward", weight, workspace)
+        self.run(g, "forward", x, weight, bias, activation, out, workspace)
 
     def input_grad(self, g, grad_output, weight, out, workspace):
         """Write the gradient with respect to the input to `out`."""
-        self._convolve(g, "input_grad", grad_output, weight, None, None, out, workspace)
+        self.pack(g, "input_grad", weight, workspace)
+        self.run(g, "input_grad", grad_output, weight, None, None, out, workspace)
 
-    def _convolve(self, g, direction, source, weight, bias, activation, out, workspace):
-        p, count = _problem(g, direction, self.m), len(workspace["M"])
-        b = _blocking(p, self.m, g.dtype.itemsize, count)
-        run, table = tasks(self.m, b.tile, g.dtype.itemsize), _tap_table(p, b.tile, g.dtype.itemsize)
-        arguments = (
-            *layout_of(source, g.data_format), *layout_of(out, g.data_format),
-            *extent_of(source, g.data_format), *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
-            *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels, CODES[activation],
-            *_places(workspace, "U", "V", "M", "taps", "bias", "strip", "block"),
-            address(weight), math.prod(p.kernel), address(table), p.reversed, b.part,
-            0, 0, p.tile_count, b.filled(p.tile_count),
-        )  # fmt: skip
-        _pad_bias(bias, workspace["bias"][0], p, activation == "relu")
+    def kept(self, g, direction):
+        """Return the buffers that `pack` writes and `run` only reads: U, unless it lives a panel at a time."""
+        p = _problem(g, direction, self.m)
+        return () if _blocking(p, self.m, g.dtype.itemsize, threads.count()).part else ("U",)
+
+    def pack(self, g, direction, weight, workspace):
+        """Transform the weight, unless `run` does it a panel at a time."""
+        b, nowhere = self._blocking(g, direction, workspace), (0,) * 15
+        if not b.part:
+            self._start("transform_weight", g, direction, b, nowhere, weight, None, workspace)
+
+    def run(self, g, direction, source, weight, bias, activation, out, workspace):
+        """Write the convolution with the weight that `pack` has transformed to `out`."""
+        b = self._blocking(g, direction, workspace)
+        images = (*layout_of(source, g.data_format), *layout_of(out, g.data_format), *extent_of(source, g.data_format))
+        _pad_bias(bias, workspace["bias"][0], _problem(g, direction, self.m), activation == "relu")
         if b.part:
-            run.transform_source(count, *arguments)
-        else:
-            run.transform_weight(count, *arguments)
-        run.convolve(count, *arguments)
+            self._start("transform_source", g, direction, b, images, weight, activation, workspace)
+        self._start("convolve", g, direction, b, images, weight, activation, workspace)
+
+    def _blocking(self, g, direction, workspace):
+        return _blocking(_problem(g, direction, self.m), self.m, g.dtype.itemsize, len(workspace["M"]))
+
+    def _start(self, task, g, direction, b, images, weight, activation, workspace):
+        """Run one of the tasks; all have the same arguments."""
+        p = _problem(g, direction, self.m)
+        sizes, table, blocks = _numbers(p, b, g.dtype.itemsize)
+        getattr(tasks(self.m, b.tile, g.dtype.itemsize), task)(
+            len(workspace["M"]), *images, *sizes, CODES[activation],
+            *_places(workspace, "U", "V", "M", "taps", "bias", "strip", "block"),
+            address(weight), math.prod(p.kernel), address(table), *blocks,
+        )  # fmt: skip
 
     def weight_grad(self, g, grad_output, x, out, workspace):
         """Write the gradient with respect to the weight to `out`."""
@@ -249,6 +265,17 @@ class Winograd:
             run.finish(count, *arguments)
         else:
             run.reduce_once(count, *arguments)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(p, b, itemsize):
+    """Return the sizes among the arguments of a convolution's tasks, the table of its taps, and the last arguments."""
+    sizes = (
+        *p.size, p.batch, p.groups, p.inner, p.targets, *p.low, *p.blocks,
+        *p.dilation, *p.tiles, p.tile_count, b.tiles, b.run, b.panels,
+    )  # fmt: skip
+    blocks = p.reversed, b.part, 0, 0, p.tile_count, b.filled(p.tile_count)
+    return sizes, _tap_table(p, b.tile, itemsize), blocks
 
 
 def _pad_bias(bias, padded, p, relu):

@@ -6,6 +6,7 @@ gets memory of its own, given back when it ends.
 
 import threading
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,26 +20,49 @@ _kept = threading.local()
 
 
 @contextmanager
-def workspace(buffers):
-    """Lend {name: array} for {name: Buffer} while the block lasts; contents are arbitrary."""
-    sizes = {name: -(-b.nbytes // ALIGNMENT) * ALIGNMENT for name, b in buffers.items() if b.owned}
-    total = sum(sizes.values())
-    if total > KEPT_BYTES or config.get("poison"):
-        yield {name: arrays.empty(buffers[name].shape, buffers[name].dtype) for name in sizes}
+def workspace(buffers, layout=None):
+    """Lend {name: array} for {name: Buffer} while the block lasts; contents are arbitrary.
+
+    `layout` is that of the buffers, if it is known.
+    """
+    layout = layout or layout_of(buffers)
+    if layout.total > KEPT_BYTES or config.get("poison"):
+        yield fresh(buffers)
         return
     # Taken out while it is in use: whoever calls from here gets another.
     block, _kept.block = getattr(_kept, "block", None), None
-    if block is None or block.size < total:
-        block = _aligned(total)
-    lent, at = {}, 0
-    for name, size in sizes.items():
-        b = buffers[name]
-        lent[name] = np.ndarray(b.shape, b.dtype, block, at)
-        at += size
+    if block is None or block.size < layout.total:
+        block = _aligned(layout.total)
     try:
-        yield lent
+        yield layout.cut(block)
     finally:
         _kept.block = block
+
+
+class Layout(NamedTuple):
+    """Where buffers lie in a block: (name, shape, dtype, first byte), and how many bytes there are."""
+
+    places: tuple[tuple[str, tuple[int, ...], np.dtype, int], ...]
+    total: int
+
+    def cut(self, block):
+        """Return the buffers as arrays."""
+        return {name: np.ndarray(shape, dtype, block, at) for name, shape, dtype, at in self.places}
+
+
+def layout_of(buffers):
+    """Return where the buffers lie, each from a cache line of its own on."""
+    places, total = [], 0
+    for name, b in buffers.items():
+        if b.owned:
+            places.append((name, b.shape, b.dtype, total))
+            total += -(-b.nbytes // ALIGNMENT) * ALIGNMENT
+    return Layout(tuple(places), total)
+
+
+def fresh(buffers):
+    """Return {name: array} for {name: Buffer}, in memory of its own."""
+    return {name: arrays.empty(b.shape, b.dtype) for name, b in buffers.items() if b.owned}
 
 
 def release():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import calls
 from ..errors import ArgumentError
 from ..geometry import (
     DATA_FORMATS,
@@ -23,9 +24,13 @@ from ..geometry import (
     sizes,
 )
 from ..ops.convolution import convNd, convNd_backward
+from ..ops.plans import ConvPlan, plan_convNd
 from ..ops.transposed import conv_transposeNd, conv_transposeNd_backward
 from . import activations, init
 from .module import Array, Module, Parameter, Shape, floating_dtype
+
+# Kinds of input for which a layer keeps its weight packed: whole batches, and a last one.
+MOST_PLANS = 2
 
 
 class Weighted(Module):
@@ -84,6 +89,7 @@ class _Conv(Weighted):
         rng: Any = None,
     ) -> None:
         super().__init__()
+        self._plans: dict[Any, tuple[ConvPlan | None, Any]] = {}
         self.in_channels = integer("in_channels", in_channels, 1)
         self.out_channels = integer("out_channels", out_channels, 1)
         self.kernel_size = sizes("kernel_size", kernel_size, self.dims, 1)
@@ -119,13 +125,35 @@ class _Conv(Weighted):
 
     def forward(self, x: Array) -> Array:
         """Return activation(conv(x, weight) + bias)."""
-        y = convNd(
-            self.dims, x, self.weight.data, self.bias_data(),
-            activation=self.activation, **self.arguments(), **self.strategy(),
-        )  # fmt: skip
-        if self.training:
-            self.keep((x, activations.remember(self.activation, y)))
+        how = {**self.arguments(), **self.strategy(), "activation": self.activation}
+        if not self.training:
+            return self._inferred(x, how)
+        self._plans.clear()
+        y = convNd(self.dims, x, self.weight.data, self.bias_data(), **how)
+        self.keep((x, activations.remember(self.activation, y)))
         return y
+
+    def _inferred(self, x: Array, how: dict[str, Any]) -> Array:
+        """Return the output in evaluation mode: by a plan, from the second input of a kind on."""
+        weight, bias = self.weight.data, self.bias_data()
+        key = calls.key(tuple(how.values()), x, weight, bias)
+        if key is None:
+            return convNd(self.dims, x, weight, bias, **how)
+        plan, arrays = self._plans.get(key, (None, None))
+        if arrays is not None and arrays[0] is weight and arrays[1] is bias:
+            if plan is None:
+                plan = plan_convNd(self.dims, x.shape, weight, bias, **how)
+                self._plans[key] = plan, arrays
+            return plan(x)
+        y = convNd(self.dims, x, weight, bias, **how)
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = None, (weight, bias)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own.
+        return {**self.__dict__, "_plans": {}}
 
     def backward(self, grad_output: Array, *, input_grad: bool = True) -> Array | None:
         """Add the gradients of weight and bias; return that of the input."""

@@ -7,11 +7,12 @@ with stride u, dilation d and padding a: cross-correlation, as every neural-netw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arrays, selection
+from .. import arrays, calls, selection
 from ..arrays import FLOATING, INTEGER8
 from ..errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
 from ..geometry import PADDING_MODES, ConvGeometry, one_of
@@ -103,6 +104,15 @@ def convNd(
     >>> fastconv.conv1d(x, w)
     array([[[-2., -2., -2.]]])
     """
+    key = None
+    if out is None:
+        arguments = (
+            "conv", dims, stride, padding, dilation, groups, data_format, padding_mode, activation, algorithm, precision
+        )  # fmt: skip
+        key = calls.key(arguments, x, weight, bias)
+        prepared = calls.known.get(key)
+        if prepared is not None and (result := prepared(x, weight, bias)) is not None:
+            return result
     library, (x, weight, bias) = adopt_operands(x, weight, bias)
     geometry = conv_geometry(dims, x, weight, stride, padding, dilation, groups, data_format, padding_mode)
     check_bias(bias, geometry.out_channels, x.dtype)
@@ -118,6 +128,8 @@ def convNd(
         slot = None if target is None else batched(target, geometry.batched)
         result = run.conv_forward(choice, geometry, stored, x, weight, bias, activation, slot)
         result = as_given(result, geometry.batched)
+        if key is not None:
+            calls.keep(key, arguments, run.prepared_forward(choice, geometry, activation))
     return library.give_back(result) if out is None else out
 
 
@@ -165,12 +177,20 @@ def convNd_backward(
     ConvGrads(input=array([[[3., 6., 6., 3.],
             [3., 6., 6., 3.]]]), weight=None, bias=array([2., 2., 2.]))
     """
+    arguments = (
+        "conv_backward", dims, stride, padding, dilation, groups, data_format, padding_mode, needs, algorithm, precision
+    )  # fmt: skip
+    key = calls.key(arguments, grad_output, x, weight)
+    prepared = calls.known.get(key)
+    if prepared is not None and (result := prepared(grad_output, x, weight)) is not None:
+        return result
     library, (grad, x, weight) = adopt_all(grad_output=grad_output, x=x, weight=weight)
     geometry = conv_geometry(dims, x, weight, stride, padding, dilation, groups, data_format, padding_mode)
     wanted = check_needs(needs)
     check_floating("x", x)
     check_gradient(grad, geometry.output_shape, x.dtype)
     found: dict[str, Any] = dict.fromkeys(NEEDS)
+    short: dict[str, Any] = {}
     run = runner(library.device)
     x, grad = batched(x, geometry.batched), batched(grad, geometry.batched)
     stored = run.stored_format(x, data_format)
@@ -181,14 +201,32 @@ def convNd_backward(
                 found[name] = zeros(x.shape if name == "input" else weight.shape, x.dtype)
             elif name == "input":
                 found[name] = run.conv_input_grad(choice, geometry, stored, grad, weight)
+                short[name] = run.prepared_input_grad(choice, geometry)
             else:
                 found[name] = run.conv_weight_grad(choice, geometry, stored, grad, x)
+                short[name] = run.prepared_weight_grad(choice, geometry)
     if "input" in wanted:
         found["input"] = as_given(found["input"], geometry.batched)
     if "bias" in wanted:
         empty = geometry.is_empty
         found["bias"] = zeros((len(weight),), x.dtype) if empty else run.bias_grad(grad, data_format)
+        short["bias"] = None if empty else run.prepared_bias_grad(geometry)
+    if key is not None and all(short.values()):
+        calls.keep(key, arguments, _prepared_backward(**short))
     return ConvGrads(**{n: None if a is None else library.give_back(a) for n, a in found.items()})
+
+
+def _prepared_backward(input: Any = None, weight: Any = None, bias: Any = None) -> Callable[..., ConvGrads | None]:
+    """Return the whole backward call, from functions for the gradients that are asked for."""
+
+    def run(grad: Any, x: Any, w: Any) -> ConvGrads | None:
+        dx = None if input is None else input(grad, w)
+        dw = None if weight is None else weight(grad, x)
+        if (dx is None) != (input is None) or (dw is None) != (weight is None):
+            return None
+        return ConvGrads(dx, dw, None if bias is None else bias(grad))
+
+    return run
 
 
 conv1d, conv2d, conv3d = entries(convNd)
