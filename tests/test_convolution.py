@@ -274,6 +274,14 @@ def test_every_padding_mode_with_every_form_of_padding(algorithm, dims, mode):
         check_conv(conv_problem(case, "float64"), layout, algorithm)
 
 
+@pytest.mark.parametrize("algorithm", EXACT)
+@every_layout
+def test_taps_that_meet_nothing_but_padding(algorithm, layout):
+    c = per_group(algorithm, 4)
+    case = ConvCase("padding", (2, 4, 1, 1), (4, c, 1, 1), 3, 1, groups=4 // c)
+    check_conv(conv_problem(case, "float32"), layout, algorithm)
+
+
 # --- arrays of every kind --------------------------------------------------------------------------------------
 
 

@@ -313,6 +313,7 @@ def test_identical_seeds_give_identical_networks_and_dropout():
     (lambda: nn.Linear(200, 100, rng=0), lambda: torch.nn.Linear(200, 100)),
 ], ids=["Conv2d", "ConvTranspose2d", "Linear"])  # fmt: skip
 def test_default_initial_values_are_spread_as_those_of_torch(ours, theirs):
+    torch.manual_seed(0)
     ours, theirs = ours(), theirs()
     for mine, parameter in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
         values = parameter.detach().numpy()
