@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from . import config
+from . import blocks, config
 from .errors import ArgumentTypeError, DTypeError, UnsupportedError
 
 HALF = ("float16", "bfloat16")
 FLOATING = ("float32", "float64", *HALF)
 INTEGER8 = ("int8", "uint8")
-# Elements from which an array begins a cache line of its own.
-LARGE = 1 << 18
+# Elements from which an array lies in a block of memory that is used again.
+LARGE = 1 << 15
 
 
 class NumpyArrays:
@@ -186,7 +186,11 @@ def _bfloat16() -> np.dtype:
 
 def empty(dimensions: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return a fresh C-contiguous array; with the option `poison`, full of NaN (of a large number for integers)."""
-    array = _aligned(dimensions, np.dtype(dtype)) if math.prod(dimensions) >= LARGE else np.empty(dimensions, dtype)
+    if math.prod(dimensions) >= LARGE:
+        dtype = np.dtype(dtype)
+        array = blocks.take(math.prod(dimensions) * dtype.itemsize).view(dtype).reshape(dimensions)
+    else:
+        array = np.empty(dimensions, dtype)
     if config.get("poison"):
         array.fill(np.iinfo(array.dtype).max // 3 if array.dtype.kind in "iu" else np.nan)
     return array
@@ -196,14 +200,6 @@ def allocator(dimensions: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarra
     """Return a function that makes such arrays as :func:`empty` does, while the options stay as they are."""
     small = math.prod(dimensions) < LARGE and not config.get("poison")
     return partial(np.empty if small else empty, dimensions, np.dtype(dtype))
-
-
-def _aligned(dimensions: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return fresh memory that begins a cache line, as no large array of NumPy's does."""
-    nbytes = math.prod(dimensions) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    start = -memory.__array_interface__["data"][0] % 64
-    return memory[start : start + nbytes].view(dtype).reshape(dimensions)
 
 
 def memory_format(array: np.ndarray, channel_axis_first: bool) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import empty
 from ..errors import ArgumentError, ShapeError
 from ..geometry import flag
 from ..ops.convolution import ACTIVATIONS
@@ -23,9 +24,15 @@ def masked(values: Array, mask: Array) -> Array:
     All ones or all zeros, bitwise: ten times as fast as numpy.where, whose branches are mispredicted.
     """
     bits = np.dtype(f"i{values.dtype.itemsize}")
-    found = np.negative(mask.view(np.int8)).astype(bits)
+    found = empty_like(values, bits)
+    np.negative(mask.view(np.int8), out=found, dtype=bits, casting="unsafe")
     found &= values.view(bits)
     return found.view(values.dtype)
+
+
+def empty_like(values: Array, dtype: np.dtype) -> Array:
+    """Return memory for as many elements in the same order, such as has been used before if that is plain."""
+    return empty(values.shape, dtype) if values.flags.c_contiguous else np.empty_like(values, dtype)
 
 
 def leaky(values: Array, mask: Array, slope: float) -> Array:
@@ -81,7 +88,7 @@ def remember(name: str | None, y: Array) -> Array:
     """Return what :func:`gradient` needs of the output y."""
     if name is None:
         return None
-    return y > 0 if name in ("relu", "leaky_relu") else y
+    return np.greater(y, 0, out=empty_like(y, np.dtype(bool))) if name in ("relu", "leaky_relu") else y
 
 
 def gradient(name: str | None, remembered: Array, grad_output: Array) -> Array:
