@@ -22,6 +22,8 @@ BLOCKS = 3
 WARM_SHARE = 0.25
 # Shortest time that is read off the clock at once: shorter calls are timed several together.
 SHORTEST = 50e-6
+# A call that takes so many seconds runs once, whatever is asked: its spread is small beside it.
+PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def measure(
     budget : float
         Seconds for each callable. The number of repeats follows from it; one that takes longer runs once.
     thorough : bool
-        However long a callable takes, every one of its blocks has a call to warm up and one that counts.
+        Every block of a callable, unless it takes over `PATIENCE` seconds, has a call to warm up and one that counts.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def measure(
     spent = dict.fromkeys(calls, 0.0)
     for _ in range(BLOCKS):
         for key, call in calls.items():
-            if samples[key] and spent[key] >= budget and not thorough:
+            if samples[key] and (max(samples[key]) >= PATIENCE or (spent[key] >= budget and not thorough)):
                 continue
             start = clock()
             with _no_collection():
@@ -81,7 +83,7 @@ def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float], 
         once, before = now - before, now
         if now - start >= WARM_SHARE * seconds:
             break
-    if once >= seconds and not thorough:
+    if once >= PATIENCE or (once >= seconds and not thorough):
         # It warmed itself up, and is too long to repeat.
         return [once]
     number = max(1, int(SHORTEST / max(once, 1e-9)))

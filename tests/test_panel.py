@@ -142,11 +142,22 @@ def test_a_long_call_is_warmed_in_every_block():
     def call() -> None:
         calls.append(now[0])
         # The first call of each block is slow.
-        now[0] += 5.0 if len(calls) % 2 else 3.0
+        now[0] += 4.0 if len(calls) % 2 else 3.0
 
     found = timing.measure({"long": call}, 0.3, clock=lambda: now[0], thorough=True)
     assert len(calls) == 2 * timing.BLOCKS
     assert found["long"] == timing.Timing(3.0, 3.0, 3.0, timing.BLOCKS)
+
+
+def test_a_call_beyond_patience_runs_once():
+    now, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(now[0])
+        now[0] += 2 * timing.PATIENCE
+
+    found = timing.measure({"endless": call}, 0.3, clock=lambda: now[0], thorough=True)
+    assert len(calls) == found["endless"].repeats == 1
 
 
 # --- the file --------------------------------------------------------------------------------------------------
