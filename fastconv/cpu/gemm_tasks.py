@@ -175,17 +175,17 @@ def _gather(tile, itemsize, folded):
                 if narrow:
                     multiply_rows(
                         ROWS, 1, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
                     )  # fmt: skip
                 elif seen - start > HALF:
                     multiply_rows(
                         ROWS, COLUMNS, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
                     )  # fmt: skip
                 else:
                     multiply_rows(
                         HALF, COLUMNS, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
                     )  # fmt: skip
 
     @device
@@ -283,6 +283,12 @@ def tasks(tile, itemsize):
             partial, sums = partial + chunk * partial_bytes, sums + chunk * sum_bytes
         partial = _line(partial)
         step = in_step[2] * pixel if Q > 1 else in_step[1] * strip_row
+        # Pixels side by side that the next job reads are fetched while this one's are multiplied: first the target's,
+        # then the source's, `stride` bytes each step.
+        read = (0, 0)
+        if G == 1 and from_[1] == SIZE and to[1] == SIZE:
+            read = (images * to[0], images * from_[0]) if images > 1 else (rows * to[3], rows * in_step[1] * from_[3])
+        stride = (read[0] + read[1]) // max((u1 - u0) * tiles // segments * images * rows * Q, 1) + 1
         fresh = True
         for job in range(begin, end):
             part, o, _, i0 = _job(job, parts, O, 1, images)
@@ -290,6 +296,11 @@ def tasks(tile, itemsize):
             lines = min(rows, P - p0)
             runs, steps = (held, lines * Q) if joined else (held * lines, Q)
             g_before, panel_before, a = -1, -1, strip
+            later = (
+                target + i0 * to[0] + o * to[2] + p0 * to[3] + read[0],
+                source + i0 * from_[0] + o * in_step[0] * from_[2] + p0 * in_step[1] * from_[3] + read[1] - read[0],
+            )
+            fetched = 0
             for unit in range(u0, u1):
                 panel, segment = unit // segments, unit % segments
                 g, k0 = panel // panels, panel % panels * WIDTH
@@ -305,8 +316,9 @@ def tasks(tile, itemsize):
                 t0, t1 = share(tiles, segment, segments)
                 _reduce_unit(
                     a, products, step, starts, runs, steps, block, partial + panel * depth * PIXEL, even, t0, t1,
-                    used <= LANES, not fresh,
+                    used <= LANES, not fresh, later, read[0], fetched, stride,
                 )  # fmt: skip
+                fetched += (t1 - t0) * runs * steps * stride
             fresh = False
             if sums and ((job - begin) % JOBS_PER_SUM == JOBS_PER_SUM - 1 or job == end - 1):
                 first = job - begin < JOBS_PER_SUM
@@ -324,7 +336,9 @@ def tasks(tile, itemsize):
         return unit // segments * depth * WIDTH + share(tiles, unit % segments, segments)[0] * ROWS * WIDTH
 
     @device
-    def _reduce_unit(a, products, step, starts, runs, steps, grads, partial, even, t0, t1, narrow, add):
+    def _reduce_unit(
+        a, products, step, starts, runs, steps, grads, partial, even, t0, t1, narrow, add, later, bound, fetched, stride
+    ):
         """Add the products of a job with one panel of gradients: the rows of a tile are taps and channels."""
         # Rows longer than a chain come one at a time, and are cut.
         for q in range(0, steps, CHAIN):
@@ -332,15 +346,17 @@ def tasks(tile, itemsize):
             length = min(CHAIN, steps - q)
             for t in range(t0, t1):
                 at, out = products + t * ROWS * 8, partial + t * ROWS * PIXEL
+                ahead = (later[0] if fetched < bound else later[1]) + fetched
+                fetched += runs * length * stride
                 if narrow:
                     multiply_rows(
                         ROWS, 1, LANES, SIZE, 0,
-                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0,
+                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0, ahead, stride,
                     )  # fmt: skip
                 else:
                     multiply_rows(
                         ROWS, COLUMNS, LANES, SIZE, 0,
-                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0,
+                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0, ahead, stride,
                     )  # fmt: skip
 
     @task

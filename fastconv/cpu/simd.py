@@ -366,25 +366,26 @@ def multiply_tile(
 @intrinsic(prefer_literal=True)
 def multiply_rows(
     typing_context, rows, columns, lanes, itemsize, masked,
-    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks,
+    a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks, ahead, stride,
 ):  # fmt: skip
     """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
 
     `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
     begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
     none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by. If
-    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`.
+    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`. Every step begins to
+    load the line at `ahead`, which may be anything and moves on by `stride` bytes, into the second-level cache.
     """
     shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
-    signature = types.void(rows, columns, lanes, itemsize, masked, *[types.int64] * 15)
+    signature = types.void(rows, columns, lanes, itemsize, masked, *[types.int64] * 17)
     has_masks = bool(masked.literal_value)
 
     def generate(context, builder, signature, args):
-        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[5:]
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[5:20]
         tile = Tile(*shape[:3])
         sums = _generate_tile(
             builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
-            pairs=True, masks=masks if has_masks else None,
+            pairs=True, masks=masks if has_masks else None, ahead=args[20:],
         )  # fmt: skip
         _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code, stream)
         return context.get_dummy_value()
@@ -407,9 +408,12 @@ def _table(builder, place, count):
 
 
 def _generate_tile(
-    builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False, masks=None
+    builder, tile, itemsize, a, row_offsets, a_step, offsets, runs, steps, b, b_step, pairs=False, masks=None, ahead=()
 ):
-    """Return the sums of a tile: vectors, row by row. With `pairs` each run has its own place in `b` too."""
+    """Return the sums of a tile: vectors, row by row. With `pairs` each run has its own place in `b` too.
+
+    `ahead` is what each step fetches, and how far the next one's is from there.
+    """
     scalar = ir.FloatType() if itemsize == 4 else ir.DoubleType()
     vector = ir.VectorType(scalar, tile.lanes)
     nbytes = tile.lanes * itemsize
@@ -420,12 +424,14 @@ def _generate_tile(
         builder.append_basic_block(name) for name in ("run", "step", "run_end", "done")
     )
     a_start, b_start = builder.inttoptr(a, _I8P), builder.inttoptr(b, _I8P)
+    far_start = builder.inttoptr(ahead[0], _I8P) if ahead else None
     table = builder.inttoptr(offsets, _I64.as_pointer())
     zero = ir.Constant(vector, [0.0] * tile.lanes)
     builder.branch(run_block)
 
     builder.position_at_end(run_block)
     run, b_run = builder.phi(_I64), builder.phi(_I8P)
+    far_run = builder.phi(_I8P) if ahead else None
     held = [builder.phi(vector) for _ in range(count)]
     if pairs:
         place = builder.gep(table, [builder.shl(run, ir.Constant(_I64, 1))])
@@ -438,9 +444,12 @@ def _generate_tile(
 
     builder.position_at_end(step_block)
     step, a_now, b_now = builder.phi(_I64), builder.phi(_I8P), builder.phi(_I8P)
+    far = builder.phi(_I8P) if ahead else None
     sums = [builder.phi(vector) for _ in range(count)]
     weights = [_load(builder, b_now, j * nbytes, vector, itemsize) for j in range(tile.columns)]
     _prefetch(builder, b_now, tile.columns * nbytes)
+    if ahead:
+        _fetch(builder, far, level=2)
     fresh = []
     for i in range(tile.rows):
         value = _broadcast(builder, builder.gep(a_now, [row_offsets[i]]), scalar, tile.lanes)
@@ -450,6 +459,7 @@ def _generate_tile(
             fresh.append(builder.select(inside[j], after, before) if inside else after)
     step_next = builder.add(step, ir.Constant(_I64, 1))
     a_next, b_next = builder.gep(a_now, [a_step]), builder.gep(b_now, [b_step])
+    far_next = builder.gep(far, [ahead[1]]) if ahead else None
     builder.cbranch(builder.icmp_signed("<", step_next, steps), step_block, run_end)
 
     builder.position_at_end(run_end)
@@ -467,6 +477,11 @@ def _generate_tile(
     ]:
         phi.add_incoming(first, run_block)
         phi.add_incoming(later, step_block)
+    if ahead:
+        far_run.add_incoming(far_start, entry)
+        far_run.add_incoming(far_next, run_end)
+        far.add_incoming(far_run, run_block)
+        far.add_incoming(far_next, step_block)
     for i in range(count):
         sums[i].add_incoming(held[i], run_block)
         sums[i].add_incoming(fresh[i], step_block)
