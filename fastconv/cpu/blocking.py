@@ -30,6 +30,8 @@ IMAGES_BYTES = 1536 * 1024
 LINE = 64
 # Rows of a tile that lie so many bytes apart share one set of the first-level cache.
 ALIAS_BYTES = 4096
+# Tiles of products that read each output gradient, up to which it is read where it is: a copy does not pay.
+FEW_TILES = 4
 # Pixels of a job: their tables stay small.
 MOST_PIXELS = 4096
 # Cycles to copy one element into a strip, in units of one multiply-add of vectors.
@@ -177,6 +179,13 @@ class Plan(NamedTuple):
         step, strip = self.phase.in_step, self.strip
         Q = self.phase.size[2]
         return self.cut.rows == 1 or Q == 1 or step[1] * strip.row == Q * step[2] * strip.pixel
+
+    @property
+    def straight(self) -> bool:
+        """Whether a weight gradient reads whole vectors of output gradients in place."""
+        strides, few = self.target.strides, self.depth <= FEW_TILES * self.tile.rows
+        aligned = self.columns % self.tile.lanes == 0 and strides[4] % ALIAS_BYTES
+        return bool(few and aligned and strides[1] == self.itemsize)
 
     @property
     def corner(self) -> tuple[int, int, int]:
@@ -485,11 +494,11 @@ def _pixels(plan, job):
 
 
 def _starts(plan):
-    """Return byte offsets of each stretch of evenly spaced windows, and of the gradients it meets in a block."""
+    """Return byte offsets of each stretch of evenly spaced windows, and of the gradients it meets."""
     image = plan.source.strides[0] if plan.strip.in_place else plan.image_bytes
     rows = 1 if plan.joined else plan.cut.rows
     windows = np.add.outer(np.arange(plan.cut.images) * image, np.arange(rows) * plan.phase.in_step[1] * plan.strip.row)
-    step = plan.most_pixels // windows.size * plan.panel_row
+    step = plan.most_pixels // windows.size * (plan.target.strides[4] if plan.straight else plan.panel_row)
     return np.stack([windows.ravel(), np.arange(windows.size) * step], axis=1).astype(np.int64)
 
 

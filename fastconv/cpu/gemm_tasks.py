@@ -270,8 +270,8 @@ def tasks(tile, itemsize):
         in_step, (images, rows) = integers(arguments, 31, 3), integers(arguments, 37, 2)
         strip_row, pixel = integer(arguments, 43), integer(arguments, 42)
         even, copies, segments, depth, partial, partial_bytes, sums, sum_bytes = integers(arguments, 47, 8)
-        products, starts, joined = integers(arguments, 55, 3)
-        strips, strip_bytes, blocks, block_bytes = integers(arguments, 58, 4)
+        products, starts, joined, straight = integers(arguments, 55, 4)
+        strips, strip_bytes, blocks, block_bytes = integers(arguments, 59, 4)
         strip, block = _line(strips + chunk * strip_bytes), _line(blocks + chunk * block_bytes)
         parts, panels, tiles = (P + rows - 1) // rows, (K + WIDTH - 1) // WIDTH, depth // ROWS
         jobs, units = (N + images - 1) // images * O * parts, G * panels * segments
@@ -307,16 +307,17 @@ def tasks(tile, itemsize):
                 used = min(WIDTH, K - k0)
                 if g != g_before:
                     a = _strip(arguments, source + g * from_[5], strip, i0, held, o, p0, C)
-                if panel != panel_before:
-                    at = target + i0 * to[0] + g * to[5] + k0 * to[1] + o * to[2] + p0 * to[3]
+                at = target + i0 * to[0] + g * to[5] + k0 * to[1] + o * to[2] + p0 * to[3]
+                if panel != panel_before and not straight:
                     for i in range(held):
                         length = lines * Q
                         _copy_pixels(block + i * length * PIXEL, PIXEL, at + i * to[0], length, used, to[1], to[4])
                 g_before, panel_before = g, panel
                 t0, t1 = share(tiles, segment, segments)
                 _reduce_unit(
-                    a, products, step, starts, runs, steps, block, partial + panel * depth * PIXEL, even, t0, t1,
-                    used <= LANES, not fresh, later, read[0], fetched, stride,
+                    a, products, step, starts, runs, steps, at if straight else block, to[4] if straight else PIXEL,
+                    partial + panel * depth * PIXEL, even, t0, t1, used <= LANES, not fresh,
+                    later, read[0], fetched, stride,
                 )  # fmt: skip
                 fetched += (t1 - t0) * runs * steps * stride
             fresh = False
@@ -337,12 +338,29 @@ def tasks(tile, itemsize):
 
     @device
     def _reduce_unit(
-        a, products, step, starts, runs, steps, grads, partial, even, t0, t1, narrow, add, later, bound, fetched, stride
+        a,
+        products,
+        step,
+        starts,
+        runs,
+        steps,
+        grads,
+        grad_step,
+        partial,
+        even,
+        t0,
+        t1,
+        narrow,
+        add,
+        later,
+        bound,
+        fetched,
+        stride,
     ):
         """Add the products of a job with one panel of gradients: the rows of a tile are taps and channels."""
         # Rows longer than a chain come one at a time, and are cut.
         for q in range(0, steps, CHAIN):
-            more, here, b = 1 if add or q else 0, a + q * step, grads + q * PIXEL
+            more, here, b = 1 if add or q else 0, a + q * step, grads + q * grad_step
             length = min(CHAIN, steps - q)
             for t in range(t0, t1):
                 at, out = products + t * ROWS * 8, partial + t * ROWS * PIXEL
@@ -351,12 +369,14 @@ def tasks(tile, itemsize):
                 if narrow:
                     multiply_rows(
                         ROWS, 1, LANES, SIZE, 0,
-                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0, ahead, stride,
+                        here, at, step, starts, runs, length, b, grad_step, out, even, more, 0, 0, 0, 0,
+                        ahead, stride,
                     )  # fmt: skip
                 else:
                     multiply_rows(
                         ROWS, COLUMNS, LANES, SIZE, 0,
-                        here, at, step, starts, runs, length, b, PIXEL, out, even, more, 0, 0, 0, 0, ahead, stride,
+                        here, at, step, starts, runs, length, b, grad_step, out, even, more, 0, 0, 0, 0,
+                        ahead, stride,
                     )  # fmt: skip
 
     @task

@@ -255,7 +255,8 @@ def weight_grad(geometry, grad_output, x, out, workspace):
     )  # fmt: skip
     run.reduce(
         count, address(x), address(grad_output), *_numbers(plan, g.groups, C), *where, address(plan.products),
-        address(plan.starts), plan.joined, address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
+        address(plan.starts), plan.joined, plan.straight,
+        address(strips_), strips_.strides[0], address(blocks), blocks.strides[0],
     )  # fmt: skip
     serial = split.copies * out.size < SERIAL_WEIGHT
     run.unpack(1 if serial else count, address(out), *out.strides[:2], g.groups, C, K, plan.depth // C, *where)
