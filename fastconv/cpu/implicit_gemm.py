@@ -35,6 +35,8 @@ CALL_SECONDS, TILE_SHARE = 20e-6, 0.97
 BEFORE_MASKS = -9
 # Elements of a weight that are packed before a second thread has woken.
 SERIAL_WEIGHT = 16 * 1024
+# Bytes of a weight's gradient beyond which a copy for each thread leaves its cache too often.
+SHARED_BYTES = 256 * 1024
 # Bytes of output beyond which it is not kept in the caches: a quarter of a third-level cache.
 STREAMED = 8 * 1024 * 1024
 
@@ -112,9 +114,10 @@ class Split(NamedTuple):
 
 
 def _split(g, plan):
-    """Share out a gradient larger than the input, which every thread then reads."""
+    """Share out a gradient that is large, or larger than the input, which every thread then reads."""
     count, number = _chunks(g), g.groups * plan.panels
-    shared = number * len(plan.products) * plan.tile.width > g.batch * g.in_channels * prod(g.input_size)
+    size = number * len(plan.products) * plan.tile.width
+    shared = size * plan.itemsize >= SHARED_BYTES or size > g.batch * g.in_channels * prod(g.input_size)
     # Few panels are cut, so that each thread has as much to do.
     segments = count if shared and number % count and number < 8 * count else 1
     jobs = plan.jobs if shared else -(-plan.jobs // count)
