@@ -174,18 +174,18 @@ def _gather(tile, itemsize, folded):
                 past, there = stream if last else 0, masks + run * 8
                 if narrow:
                     multiply_rows(
-                        ROWS, 1, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
+                        ROWS, 1, LANES, SIZE, FOLDED, 0,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, 0, 0,
                     )  # fmt: skip
                 elif seen - start > HALF:
                     multiply_rows(
-                        ROWS, COLUMNS, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
+                        ROWS, COLUMNS, LANES, SIZE, FOLDED, 0,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, 0, 0,
                     )  # fmt: skip
                 else:
                     multiply_rows(
-                        HALF, COLUMNS, LANES, SIZE, FOLDED,
-                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, a, 0,
+                        HALF, COLUMNS, LANES, SIZE, FOLDED, 0,
+                        a, here, SIZE, taps, runs, steps, weights, PIXEL, out, rows, i, b, c, past, there, 0, 0,
                     )  # fmt: skip
 
     @device
@@ -368,13 +368,13 @@ def tasks(tile, itemsize):
                 fetched += runs * length * stride
                 if narrow:
                     multiply_rows(
-                        ROWS, 1, LANES, SIZE, 0,
+                        ROWS, 1, LANES, SIZE, 0, 1,
                         here, at, step, starts, runs, length, b, grad_step, out, even, more, 0, 0, 0, 0,
                         ahead, stride,
                     )  # fmt: skip
                 else:
                     multiply_rows(
-                        ROWS, COLUMNS, LANES, SIZE, 0,
+                        ROWS, COLUMNS, LANES, SIZE, 0, 1,
                         here, at, step, starts, runs, length, b, grad_step, out, even, more, 0, 0, 0, 0,
                         ahead, stride,
                     )  # fmt: skip

@@ -365,7 +365,7 @@ def multiply_tile(
 
 @intrinsic(prefer_literal=True)
 def multiply_rows(
-    typing_context, rows, columns, lanes, itemsize, masked,
+    typing_context, rows, columns, lanes, itemsize, masked, fetching,
     a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks, ahead, stride,
 ):  # fmt: skip
     """Compute one tile as `multiply_tile` does, of rows that lie anywhere, through a bias and an activation.
@@ -373,19 +373,19 @@ def multiply_rows(
     `a_rows` and `out_rows` are addresses of `rows` int64 byte offsets, `offsets` that of two for each run: where it
     begins in `a` and in `b`. `bias` is the address of one number per column, or 0; `code` that of an activation: 0 for
     none, 1 for ReLU, 2 for leaky ReLU. With `stream` the results, which then begin cache lines, pass the caches by. If
-    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`. Every step begins to
-    load the line at `ahead`, which may be anything and moves on by `stride` bytes, into the second-level cache.
+    `masked`, each run leaves out the columns whose bit is not set in its int64 number at `masks`. If `fetching`,
+    every step begins to load the line at `ahead`, which moves on by `stride` bytes.
     """
     shape = [t.literal_value for t in (rows, columns, lanes, itemsize)]
-    signature = types.void(rows, columns, lanes, itemsize, masked, *[types.int64] * 17)
-    has_masks = bool(masked.literal_value)
+    signature = types.void(rows, columns, lanes, itemsize, masked, fetching, *[types.int64] * 17)
+    has_masks, fetches = bool(masked.literal_value), bool(fetching.literal_value)
 
     def generate(context, builder, signature, args):
-        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[5:20]
+        a, a_rows, a_step, offsets, runs, steps, b, b_step, out, out_rows, add, bias, code, stream, masks = args[6:21]
         tile = Tile(*shape[:3])
         sums = _generate_tile(
             builder, tile, shape[3], a, _table(builder, a_rows, tile.rows), a_step, offsets, runs, steps, b, b_step,
-            pairs=True, masks=masks if has_masks else None, ahead=args[20:],
+            pairs=True, masks=masks if has_masks else None, ahead=args[21:] if fetches else (),
         )  # fmt: skip
         _store_tile(builder, tile, shape[3], sums, out, _table(builder, out_rows, tile.rows), add, bias, code, stream)
         return context.get_dummy_value()
@@ -449,7 +449,7 @@ def _generate_tile(
     weights = [_load(builder, b_now, j * nbytes, vector, itemsize) for j in range(tile.columns)]
     _prefetch(builder, b_now, tile.columns * nbytes)
     if ahead:
-        _fetch(builder, far, level=2)
+        _fetch(builder, far, level=3)
     fresh = []
     for i in range(tile.rows):
         value = _broadcast(builder, builder.gep(a_now, [row_offsets[i]]), scalar, tile.lanes)
