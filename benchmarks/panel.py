@@ -37,8 +37,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 HOPELESS = 4.0
 # What --check looks at unless told otherwise: cells of each kind and direction.
 SAMPLE = 3
-# A suspect is timed again in so many processes before it is called slower: some processes are a third slower than others
-# at the same call for as long as they live.
+# A suspect is timed again in so many processes before it is called slower: some are a third slower than others at the
+# same call for as long as they live.
 SECOND_LOOKS = 3
 # A ratio may shrink by this much, beyond the noise of both runs, without being called slower.
 MARGIN = 0.05

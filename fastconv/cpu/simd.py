@@ -431,7 +431,7 @@ def _generate_tile(
 
     builder.position_at_end(run_block)
     run, b_run = builder.phi(_I64), builder.phi(_I8P)
-    far_run = builder.phi(_I8P) if ahead else None
+    far_run: Any = builder.phi(_I8P) if ahead else None
     held = [builder.phi(vector) for _ in range(count)]
     if pairs:
         place = builder.gep(table, [builder.shl(run, ir.Constant(_I64, 1))])
@@ -444,7 +444,7 @@ def _generate_tile(
 
     builder.position_at_end(step_block)
     step, a_now, b_now = builder.phi(_I64), builder.phi(_I8P), builder.phi(_I8P)
-    far = builder.phi(_I8P) if ahead else None
+    far: Any = builder.phi(_I8P) if ahead else None
     sums = [builder.phi(vector) for _ in range(count)]
     weights = [_load(builder, b_now, j * nbytes, vector, itemsize) for j in range(tile.columns)]
     _prefetch(builder, b_now, tile.columns * nbytes)
