@@ -11,6 +11,7 @@ from support import normal
 
 import fastconv
 from fastconv import nn
+from fastconv.ops.masks import masked
 
 
 @dataclass(frozen=True)
@@ -345,3 +346,19 @@ def test_a_backward_without_a_forward_says_so():
             nn.BackwardError, match="backward of Conv2d needs a forward pass before it, in training mode"
         ):
             layer.backward(np.ones((1, 1, 2, 2), np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 3, 19, 23)], ids=["few", "many"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_masks_choose_bits_and_so_keep_or_drop_nan_and_infinities(dtype, shape, order):
+    rng = np.random.default_rng(0)
+    values, mask = (
+        np.asarray(rng.standard_normal(shape), dtype, order),
+        np.asarray(rng.random(shape) < 0.5, order=order),
+    )
+    values[0, 0], values[1, 1] = np.nan, np.inf
+    mask[0, 0], mask[1, 1] = (True, False) if order == "C" else (False, True)
+    found = masked(values, mask)
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, np.where(mask, values, 0))

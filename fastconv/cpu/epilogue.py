@@ -2,8 +2,8 @@
 
     y[n, k, ...] = activation(y[n, k, ...] + bias[k])
 
-Memory layout: C-contiguous, (N, K, pixels) or (pixels, K). And the sum that is the
-gradient of the bias.
+Memory layout: C-contiguous, (N, K, pixels) or (pixels, K). And the way back: the sum that is the
+gradient of the bias, the mask that is a ReLU's.
 """
 
 import math
@@ -68,6 +68,25 @@ def _pixels(y, bias, code):
     for i in prange(L):
         for k in range(K):
             y[i, k] = activate(y[i, k] + bias[k], code)
+
+
+def masked(bits, mask, result):
+    """Write integers where `mask`, of ones and zeros, is 1, and 0 elsewhere to `result`; all are flat."""
+    if bits.size < PART:
+        np.bitwise_and(np.negative(mask, out=result, dtype=result.dtype, casting="unsafe"), bits, out=result)
+    else:
+        _masked(bits, mask, result)
+
+
+@kernel
+def _masked(bits, mask, result):
+    parts = (bits.size + PART - 1) // PART
+    for part in prange(parts):
+        begin, end = part * PART, min(part * PART + PART, bits.size)
+        # Slices, so that every index is in range and the loop becomes vectors.
+        source, chosen, target = bits[begin:end], mask[begin:end], result[begin:end]
+        for i in range(len(source)):
+            target[i] = source[i] if chosen[i] else type(source[i])(0)
 
 
 def sum_pixels(grad, result):

@@ -12,22 +12,11 @@ from ..arrays import empty
 from ..errors import ArgumentError, ShapeError
 from ..geometry import flag
 from ..ops.convolution import ACTIVATIONS
+from ..ops.masks import masked
 from .module import Array, Module, Shape
 
 # Slope of activation="leaky_relu", in the operations too.
 LEAKY_SLOPE = 0.01
-
-
-def masked(values: Array, mask: Array) -> Array:
-    """Return `values` where `mask` is True and 0 elsewhere, even where a value is infinite or NaN.
-
-    All ones or all zeros, bitwise: ten times as fast as numpy.where, whose branches are mispredicted.
-    """
-    bits = np.dtype(f"i{values.dtype.itemsize}")
-    found = empty_like(values, bits)
-    np.negative(mask.view(np.int8), out=found, dtype=bits, casting="unsafe")
-    found &= values.view(bits)
-    return found.view(values.dtype)
 
 
 def empty_like(values: Array, dtype: np.dtype) -> Array:
