@@ -444,7 +444,10 @@ def _cut(phase, source, strip, groups, direction, threads, tile, sizes):
         # Any number of single pixels can be a job: whole tiles.
         choices += [Cut(1, min(-(-cut.rows // half) * half, P)) for cut in choices if cut.rows > half]
     if O == 1:
-        choices += [Cut(images, max(P, 1)) for images in range(2, source.batch + 1) if fits(images, P)]
+        # A weight gradient's stretches are those of whole images.
+        parts = (1,) if reduces else (1, 2, 4)
+        each = [(images, -(-P // n) or 1) for images in range(2, source.batch + 1) for n in parts]
+        choices += [Cut(images, rows) for images, rows in each if fits(images, rows)]
     best = min(choices, key=busiest)
     return best, busiest(best)
 

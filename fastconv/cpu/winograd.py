@@ -162,15 +162,17 @@ class Winograd:
         inner = math.prod(p.blocks) * -(-p.inner // tile.lanes) * tile.lanes
         moved = 2 * t2 * p.tile_count * p.groups * (inner + columns) * 4 * scale
         weight = t2 * p.groups * p.depth * columns * 4 * scale
+        # Blocks of a wide kernel are gathered from taps that lie apart, and each reads tiles of its own.
+        gathering, apart = (0.4, 1.0) if math.prod(p.blocks) == 1 else (1.6, 1.3)
         if direction == "weight_grad":
-            return CALL_SECONDS + products / (0.7 * constants.flops * threads_) + moved / (20e9 * threads_)
+            return CALL_SECONDS + apart * (products / (0.7 * constants.flops * threads_) + moved / (20e9 * threads_))
         # Tiles of 8x8 do not fit the registers while they are transformed.
         share = 0.9 if self.m < 6 else 0.75
         return (
             CALL_SECONDS
             + products / (share * constants.flops * threads_)
             + moved / (80e9 * threads_)
-            + (0.5 * g.bytes + 0.4 * weight) / constants.bandwidth
+            + (0.5 * g.bytes + gathering * weight) / constants.bandwidth
         )
 
     def workspace(self, g, direction, limit):
