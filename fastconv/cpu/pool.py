@@ -60,33 +60,58 @@ MOST_MATCHED = 3
 MOST_BUFFERED = 1 << 20
 # Indices from which windows are guessed.
 SAMPLES = 128
+# What became of scattering by windows: an index was outside the plane, or not in its window.
+OUTSIDE, ASTRAY = 2, 1
 
 
-def max_forward(x, windows, y, indices):
-    """Write maxima to `y` and, unless it is None, flat positions in the plane to `indices`."""
-    bits = 0 if indices is None else 64 if np.prod(x.shape[1:4], dtype=object) >= 2**31 else 32
-    _reduce(MAXIMUM, x, windows, y, indices, bits, False, 1)
+def maximum(dtype, shape, windows, pooled, with_indices):
+    """Return a function of (x, y, indices or None) that writes maxima and their flat positions in the plane.
+
+    Shapes are as kernels see them; arrays of any shape that lie so in memory will do.
+    """
+    bits = 0 if not with_indices else 64 if math.prod(shape[1:4]) >= 2**31 else 32
+    return _reducing(MAXIMUM, dtype, shape, windows, pooled, bits)
 
 
-def average_forward(x, windows, y, count_padding, divisor):
-    """Write window averages to `y`; `divisor` 0 means the number of elements, with or without padding."""
-    if x.dtype.kind == "f":
-        taps = np.prod([(w[:, 3]).max(initial=0) for w in windows], dtype=object)
-        _reduce(SUM if taps <= MOST_TAPS else WIDE_SUM, x, windows, y, None, 0, count_padding, divisor)
-    else:
-        _average_integers(x, *windows, y, count_padding, divisor)
+def average(dtype, shape, windows, pooled, count_padding, divisor):
+    """Return a function of (x, y) that writes averages of numbers with a fraction.
+
+    `divisor` 0 means the number of elements, with or without padding.
+    """
+    taps = math.prod(int(w[:, 3].max(initial=0)) for w in windows)
+    return _reducing(SUM if taps <= MOST_TAPS else WIDE_SUM, dtype, shape, windows, pooled, 0, count_padding, divisor)
 
 
-def _reduce(operation, x, windows, y, indices, bits, count_padding, divisor):
-    outer, D, H, W, inner = x.shape
-    _, O, P, Q, _ = y.shape
-    step, groups = _side_by_side(windows[2].tobytes(), inner)
-    run = _reduction(operation, ELEMENTS.index(x.dtype.name), x.dtype.itemsize, step, bits)
-    run(
-        threads.count() if y.nbytes >= SERIAL_BYTES else 1, address(x), address(y),
-        0 if indices is None else address(indices), outer, D, H, W, inner, O, P, Q,
-        *map(address, windows[:2]), address(groups), len(groups), count_padding, divisor,
-    )  # fmt: skip
+def average_integers(x, windows, y, count_padding, divisor):
+    """Write averages of integers, truncated towards zero."""
+    _average_integers(x, *windows, y, count_padding, divisor)
+
+
+def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=False, divisor=1):
+    """Return a function of (x, y, indices or None) that reduces windows."""
+    step, groups = _side_by_side(windows[2].tobytes(), shape[-1])
+    run = _reduction(operation, ELEMENTS.index(dtype.name), dtype.itemsize, step, bits)
+    numbers = np.array(
+        [0, 0, 0, 0, *shape, *pooled, *map(address, windows[:2]), address(groups), len(groups), count_padding, divisor],
+        np.int64,
+    )
+    is_large = _is_large(dtype, shape)
+
+    # The tables are held because machine code has their addresses.
+    def reduce(x, y, indices=None, tables=(windows, groups)):
+        arguments = numbers.copy()
+        arguments[0] = threads.count() if is_large else 1
+        arguments[1], arguments[2] = address(x), address(y)
+        if indices is not None:
+            arguments[3] = address(indices)
+        run.start(arguments)
+
+    return reduce
+
+
+def _is_large(dtype, shape):
+    """Whether threads are worth waking."""
+    return math.prod(shape) * dtype.itemsize >= SERIAL_BYTES
 
 
 @lru_cache(maxsize=1024)
@@ -155,21 +180,32 @@ def _divisor(given, count_padding, padded, inside):
     return float(count) if count != 0 else 1.0
 
 
-def scatter_add(grad, indices, dx):
-    """Add each gradient to the element its index names (-1: none); return False if an index is outside the plane."""
-    return _scattered(ADD_MATCHING, grad, indices, dx)
+def scatter_add(dtype, shape, sizes, indices):
+    """Return a function of (grad, indices, dx) that adds each gradient to the element its index names (-1: none).
+
+    It returns False if an index is outside the plane; indices like the given ones take it the least time.
+    """
+    return _scattering(ADD_MATCHING, dtype, shape, sizes, indices)
 
 
-def scatter(x, indices, y):
-    """Write each value where its index says, the last one winning; return False if an index is outside the plane."""
-    return _scattered(LAST_MATCHING, x, indices, y)
+def scatter(dtype, shape, sizes, indices):
+    """Return a function of (x, indices, y) that writes each value where its index says, the last one winning."""
+    return _scattering(LAST_MATCHING, dtype, shape, sizes, indices)
 
 
-def _scattered(kind, values, indices, target):
-    windows = _guess(indices, target.shape[1:4]) if values.dtype.kind == "f" and values.size else None
-    wrong = np.zeros(threads.count(), np.int64)
-    _spread(kind, values, indices, windows, target, wrong, 1)
-    return not wrong.any()
+def _scattering(kind, dtype, shape, sizes, indices):
+    guesses = dtype.kind == "f" and indices.size
+    run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices) if guesses else None)
+
+    def scatter(values, indices, target):
+        nonlocal run
+        state = run(values, indices, target)
+        if state & ASTRAY and not state & OUTSIDE:
+            # Other windows than last time, or none.
+            run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices))
+        return not state & OUTSIDE
+
+    return scatter
 
 
 class _Regular(NamedTuple):
@@ -184,10 +220,10 @@ class _Regular(NamedTuple):
         return self.kernels[1] == self.kernels[2] <= MOST_KERNEL and self.strides[1] == self.strides[2] <= MOST_STRIDE
 
 
-def _guess(indices, sizes):
+def _guess(shape, sizes, indices):
     """Return the windows that some of the indices can come from, or None. The others need not."""
     found = np.empty(9, np.int64)
-    _, O, P, Q, inner = indices.shape
+    _, O, P, Q, inner = shape
     _sample(1, address(indices), indices.size, O, P, Q, inner, *sizes, address(found))
     kernels, strides, firsts = found.reshape(3, 3).tolist()
     # Square ones, if need be larger than they are.
@@ -268,26 +304,48 @@ def _plan(windows, lanes, across, pooled, sizes):
     return _Plan(starts[1], ends[1], starts[2], ends[2], top, rows, left, columns, size)
 
 
-def _spread(kind, values, indices, windows, target, wrong, divisor):
-    """Spread what each window has over `target`: by its windows if they are given, else by index.
+def _spread(kind, dtype, shape, sizes, windows, divisor=1):
+    """Return a function that spreads what each window has over an array: by its windows if given, else by index.
 
-    `wrong` becomes not zero where an index is outside the plane.
+    It takes (values, indices or None, array) and returns OUTSIDE if an index is outside the plane, ASTRAY if one
+    comes from other windows, or their sum.
     """
-    outer, *pooled, inner = values.shape
-    sizes, across = target.shape[1:4], inner == 1
-    element, lanes = _element(values.dtype)
+    outer, *pooled, inner = shape
+    across = inner == 1
+    element, lanes = _element(dtype)
     plan = _plan(windows, lanes, across, tuple(pooled), sizes) if windows else None
     if plan is None or (plan.size > MOST_BUFFERED and kind != ADD_ALL):
         windows, plan = _Regular((0, 0, 0), (1, 1, 1), (0, 0, 0)), _Plan(*[0] * 9)
-    chunks = threads.count() if target.nbytes >= SERIAL_BYTES else 1
+    is_large = _is_large(dtype, (outer, *sizes, inner))
+    run = _spreading(kind, element, dtype.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)
     # Values, then numbers.
     size = -(-plan.size // 16) * 16
-    with workspace({"buffer": Buffer((chunks, size * (values.itemsize + 4)), np.dtype(np.uint8))}) as lent:
-        _spreading(kind, element, values.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)(
-            chunks, address(values), 0 if indices is None else address(indices), address(target),
-            0 if wrong is None else address(wrong), address(lent["buffer"]), size, outer, inner, *pooled, *sizes,
-            windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor,
-        )  # fmt: skip
+    numbers = np.array(
+        [0, 0, 0, 0, 0, 0, size, outer, inner, *pooled, *sizes,
+         windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor], np.int64
+    )  # fmt: skip
+
+    def spread(values, indices, target):
+        chunks = threads.count() if is_large else 1
+        states, arguments = np.zeros(chunks, np.int64), numbers.copy()
+        arguments[0], arguments[1], arguments[3], arguments[4] = (
+            chunks,
+            address(values),
+            address(target),
+            address(states),
+        )
+        if indices is not None:
+            arguments[2] = address(indices)
+        if size == 0:
+            run.start(arguments)
+        else:
+            buffers = {"buffer": Buffer((chunks, size * (dtype.itemsize + 4)), np.dtype(np.uint8))}
+            with workspace(buffers) as lent:
+                arguments[5] = address(lent["buffer"])
+                run.start(arguments)
+        return int(states.max()) if indices is not None else 0
+
+    return spread
 
 
 @lru_cache(maxsize=8)
@@ -368,12 +426,13 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
     @task
     def spreading(arguments, chunk):
         """Planes, or vectors of channels."""
-        chunks, source, where, target, bad, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
+        chunks, source, where, target, states, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
         values = buffer + chunk * size * (SIZE + 4)
         numbers = values + size * SIZE
         zero_bytes(values if KIND == ADD_ALL else numbers, size * (SIZE if KIND == ADD_ALL else 4))
         blocks = (inner + LANES - 1) // LANES
         begin, end = share(outer * blocks, chunk, chunks)
+        state = 0
         for job in range(begin, end):
             n, c = job // blocks, job % blocks * LANES
             count, at = min(LANES, inner - c), n * O * P * Q * inner + c
@@ -385,8 +444,10 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
                 if valid == O * P * Q * count:
                     found = spread(arguments, values, numbers, target_at, channels)
             astray = KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count)
-            if astray and scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count):
-                store_integer(bad, chunk, 1)
+            if astray:
+                outside = scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count)
+                state |= OUTSIDE if outside else ASTRAY if KERNEL > 0 else 0
+        store_integer(states, chunk, state)
 
     return spreading
 
@@ -398,20 +459,30 @@ def gather(values, indices, out):
     return not bad.any()
 
 
-def average_backward(geometry, grad, dx, count_padding, divisor):
-    """Write the gradient of the average with respect to its input to `dx`."""
+def average_grad(geometry, dtype, shape, sizes, count_padding, divisor):
+    """Return a function of (grad, dx) that writes the gradient of the average with respect to its input."""
     regular, divisor = _spread_average(geometry, count_padding, divisor)
-    with workspace({"shares": Buffer(grad.shape if divisor == 0 else (0,), grad.dtype)}) as lent:
-        if divisor == 0:
-            counts = _counts(geometry, count_padding)
-            per_window = np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2])[..., None]
-            grad = np.divide(grad, np.maximum(per_window, 1), out=lent["shares"], casting="unsafe")
-        if regular and grad.size:
-            _spread(ADD_ALL, grad, None, regular, dx, None, divisor or 1)
-        else:
-            inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, dx.shape[1:4])]
-            taps = np.prod([w[:, 3].max(initial=0) for w in inverse], dtype=object)
-            _reduce(SUM if taps <= MOST_TAPS else WIDE_SUM, grad, inverse, dx, None, 0, False, divisor or 1)
+    if regular and math.prod(shape):
+        spread = _spread(ADD_ALL, dtype, shape, sizes, regular, divisor or 1)
+    else:
+        inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, sizes)]
+        gradients = average(dtype, shape, inverse, sizes, False, divisor or 1)
+
+        def spread(grad, indices, dx):
+            gradients(grad, dx)
+
+    if divisor != 0:
+        return lambda grad, dx: spread(grad, None, dx)
+    counts = _counts(geometry, count_padding)
+    per_window = np.maximum(np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2]), 1)[..., None]
+    buffers = {"shares": Buffer(shape, dtype)}
+
+    def share_out(grad, dx):
+        with workspace(buffers) as lent:
+            shares = np.divide(grad.reshape(shape), per_window, out=lent["shares"], casting="unsafe")
+            spread(shares, None, dx)
+
+    return share_out
 
 
 @lru_cache(maxsize=256)
@@ -508,24 +579,3 @@ def _average_integers(x, d_windows, h_windows, w_windows, y, count_padding, divi
                             total += x[n, d, h, w, c]
                             w += ww[2]
                 y[n, o, p, q, c] = total / count if count != 0 else 0.0
-
-
-@kernel
-def _average_backward(grad, d_windows, h_windows, w_windows, dx, count_padding, divisor):
-    outer, O, P, Q, inner = grad.shape
-    blocks = (inner + LANES - 1) // LANES
-    for job in prange(outer * blocks):
-        n, start = job // blocks, job % blocks * LANES
-        end = min(start + LANES, inner)
-        for o in range(O):
-            for p in range(P):
-                for q in range(Q):
-                    dw, hw, ww = d_windows[o], h_windows[p], w_windows[q]
-                    count = _count(dw, hw, ww, count_padding, divisor)
-                    if count == 0:
-                        continue
-                    for d in range(dw[0], dw[1], dw[2]):
-                        for h in range(hw[0], hw[1], hw[2]):
-                            for w in range(ww[0], ww[1], ww[2]):
-                                for c in range(start, end):
-                                    dx[n, d, h, w, c] += grad[n, o, p, q, c] / count
