@@ -29,13 +29,16 @@ from .simd import (
     ELEMENTS,
     LAST_MATCHING,
     MAXIMUM,
+    PACKED,
     SUM,
     WIDE_SUM,
+    can_pack,
     deposit,
     element_lanes,
     integer,
     integers,
     lay_out,
+    packing_of,
     reduce_window,
     rows_together,
     spread_windows,
@@ -50,6 +53,8 @@ LANES = 16
 SERIAL_BYTES = 64 * 1024
 # Windows up to so many elements apart are loaded as one stretch; others one at a time.
 MOST_STEP = 4
+# Windows of a plane of which there is a table.
+MOST_PACKED = 4096
 # Taps of a window that are added up in the element's own precision.
 MOST_TAPS = 64
 # Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
@@ -89,16 +94,24 @@ def average_integers(x, windows, y, count_padding, divisor):
 
 def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=False, divisor=1):
     """Return a function of (x, y, indices or None) that reduces windows."""
-    step, groups = _side_by_side(windows[2].tobytes(), shape[-1])
-    run = _reduction(operation, ELEMENTS.index(dtype.name), dtype.itemsize, step, bits)
-    numbers = np.array(
-        [0, 0, 0, 0, *shape, *pooled, *map(address, windows[:2]), address(groups), len(groups), count_padding, divisor],
-        np.int64,
-    )
+    element, size = ELEMENTS.index(dtype.name), dtype.itemsize
+    if _is_packed(dtype, shape, windows):
+        packs, packings = _packed_tables(
+            windows[1].tobytes(), windows[2].tobytes(), shape[3], size, element_lanes(element)
+        )
+        run = _packed_reduction(operation, element, size, bits)
+        plane, held = math.prod(shape[1:4]), (packs, packings)
+        sizes = shape[0], plane, math.prod(pooled), len(packs), *map(address, held), packings.strides[0], shape[3]
+    else:
+        step, groups = _side_by_side(windows[2].tobytes(), shape[-1])
+        run = _reduction(operation, element, size, step, bits)
+        held = windows, groups
+        sizes = *shape, *pooled, *map(address, windows[:2]), address(groups), len(groups)
+    numbers = np.array([0, 0, 0, 0, *sizes, count_padding, divisor], np.int64)
     is_large = _is_large(dtype, shape)
 
     # The tables are held because machine code has their addresses.
-    def reduce(x, y, indices=None, tables=(windows, groups)):
+    def reduce(x, y, indices=None, tables=held):
         arguments = numbers.copy()
         arguments[0] = threads.count() if is_large else 1
         arguments[1], arguments[2] = address(x), address(y)
@@ -107,6 +120,63 @@ def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=Fa
         run.start(arguments)
 
     return reduce
+
+
+def _is_packed(dtype, shape, windows):
+    """Whether windows of several rows share vectors: those of planes with few enough of them for a table."""
+    _, D, _, _, inner = shape
+    count = len(windows[1]) * len(windows[2])
+    return can_pack() and dtype.kind == "f" and inner == 1 and D == len(windows[0]) == 1 and 0 < count <= MOST_PACKED
+
+
+@lru_cache(maxsize=256)
+def _packed_tables(h_table, w_table, W, itemsize, lanes):
+    """Return (packs, packings): what windows of a plane are reduced at a time, and where their elements lie.
+
+    A pack is (first window, count, first element, rows, their step, columns, their step, elements with padding, number
+    of the packing). Its windows have as many taps, as far apart.
+    """
+    h, w = (np.frombuffer(table, np.int64).reshape(-1, 4) for table in (h_table, w_table))
+    first = (h[:, :1] * W + w[:, 0]).ravel()
+    taps = [np.maximum(-((t[:, 0] - t[:, 1]) // t[:, 2]), 0) for t in (h, w)]
+    kinds = np.stack([
+        *np.broadcast_arrays(taps[0][:, None], h[:, 2:3], taps[1], w[:, 2], h[:, 3:] * w[:, 3])
+    ]).reshape(5, -1)  # fmt: skip
+    changes = np.append(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0)) + 1, len(first))
+    packs, packings, start = [], {}, 0
+    while start < len(first):
+        end = min(start + lanes, changes[np.searchsorted(changes, start, "right")])
+        count, packing = packing_of(first[start:end], itemsize, lanes)
+        number = packings.setdefault(packing.tobytes(), len(packings))
+        packs.append((start, count, first[start], *kinds[:, start], number))
+        start += count
+    return np.array(packs, np.int64), np.frombuffer(b"".join(packings), np.int64).reshape(len(packings), -1)
+
+
+@lru_cache(maxsize=64)
+def _packed_reduction(operation, element, itemsize, bits):
+    """Return the task that reduces packs of windows."""
+    OPERATION, ELEMENT, SIZE, BITS, SIDE = operation, element, itemsize, bits, element_lanes(element)
+
+    @task
+    def reduce_packs(arguments, chunk):
+        """Planes of windows."""
+        chunks, source, target, where, planes, plane, pooled, packs, table, packings = integers(arguments, 0, 10)
+        nbytes, W, count_padding, divisor = integers(arguments, 10, 4)
+        begin, end = share(planes, chunk, chunks)
+        for n in range(begin, end):
+            for pack in range(packs):
+                first, count, at, rows, h_step, columns, w_step, padded, packing = integers(table + pack * 72, 0, 9)
+                by = 1.0 if OPERATION == MAXIMUM else _divisor(divisor, count_padding, padded, rows * columns)
+                to = n * pooled + first
+                reduce_window(
+                    OPERATION, ELEMENT, SIDE, PACKED, BITS, source + (n * plane + at) * SIZE,
+                    0, 1, h_step * W * SIZE, rows, w_step * SIZE, columns, at, 0, h_step * W, w_step,
+                    target + to * SIZE, where + to * 8, count, int(to + SIDE <= end * pooled),
+                    packings + packing * nbytes, by,
+                )  # fmt: skip
+
+    return reduce_packs
 
 
 def _is_large(dtype, shape):
@@ -162,7 +232,8 @@ def _reduction(operation, element, itemsize, step, bits):
                         OPERATION, ELEMENT, SIDE, STEP, BITS, at + (w0 * C + lane * max(STEP, 1)) * SIZE,
                         d_step * H * W * C * SIZE, depths, h_step * W * C * SIZE, rows, w_step * C * SIZE, columns,
                         (d0 * H + h0) * W + w0 + lane * STEP, d_step * H * W, h_step * W, w_step,
-                        target + to * SIZE, where + to * 8, min(SIDE, count - lane), by,
+                        target + to * SIZE, where + to * 8, min(SIDE, count - lane),
+                        int(to + SIDE <= end * Q * C), 0, by,
                     )  # fmt: skip
 
     return reduce
