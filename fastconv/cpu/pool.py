@@ -21,7 +21,7 @@ from numba import prange
 
 from ..registry import Buffer
 from . import threads
-from .compile import device, kernel, share, task
+from .compile import device, inlined, kernel, share, task
 from .memory import address
 from .simd import (
     ADD_ALL,
@@ -32,6 +32,7 @@ from .simd import (
     PACKED,
     SUM,
     WIDE_SUM,
+    apart,
     can_pack,
     deposit,
     element_lanes,
@@ -55,6 +56,8 @@ SERIAL_BYTES = 64 * 1024
 MOST_STEP = 4
 # Windows of a plane of which there is a table.
 MOST_PACKED = 4096
+# Square windows of up to so many rows are reduced without loops.
+MOST_UNROLLED = 3
 # Taps of a window that are added up in the element's own precision.
 MOST_TAPS = 64
 # Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
@@ -94,17 +97,17 @@ def average_integers(x, windows, y, count_padding, divisor):
 
 def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=False, divisor=1):
     """Return a function of (x, y, indices or None) that reduces windows."""
-    element, size = ELEMENTS.index(dtype.name), dtype.itemsize
+    element, size, kernel = ELEMENTS.index(dtype.name), dtype.itemsize, _unrolled(dtype, windows)
     if _is_packed(dtype, shape, windows):
         packs, packings = _packed_tables(
             windows[1].tobytes(), windows[2].tobytes(), shape[3], size, element_lanes(element)
         )
-        run = _packed_reduction(operation, element, size, bits)
+        run = _packed_reduction(operation, element, size, bits, kernel)
         plane, held = math.prod(shape[1:4]), (packs, packings)
         sizes = shape[0], plane, math.prod(pooled), len(packs), *map(address, held), packings.strides[0], shape[3]
     else:
         step, groups = _side_by_side(windows[2].tobytes(), shape[-1])
-        run = _reduction(operation, element, size, step, bits)
+        run = _reduction(operation, element, size, step, bits, kernel)
         held = windows, groups
         sizes = *shape, *pooled, *map(address, windows[:2]), address(groups), len(groups)
     numbers = np.array([0, 0, 0, 0, *sizes, count_padding, divisor], np.int64)
@@ -120,6 +123,12 @@ def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=Fa
         run.start(arguments)
 
     return reduce
+
+
+def _unrolled(dtype, windows):
+    """Return the size of square windows that is worth code without loops, or 0."""
+    sizes = [int(w[:, 3].max(initial=0)) for w in windows]
+    return sizes[2] if dtype.kind == "f" and sizes[0] == 1 < sizes[1] == sizes[2] <= MOST_UNROLLED else 0
 
 
 def _is_packed(dtype, shape, windows):
@@ -153,10 +162,50 @@ def _packed_tables(h_table, w_table, W, itemsize, lanes):
     return np.array(packs, np.int64), np.frombuffer(b"".join(packings), np.int64).reshape(len(packings), -1)
 
 
+def _window(operation, element, step, bits, kernel):
+    """Return the function that reduces windows side by side, the fast way where they are `kernel` x `kernel` taps.
+
+    Vectors are read and written whole up to `source_end` and `target_end`: later ones write over what is too much.
+    """
+    OPERATION, ELEMENT, SIDE, STEP, BITS, KERNEL = operation, element, element_lanes(element), step, bits, kernel
+
+    @device
+    def any_window(
+        source, depth_step, depths, row_step, rows, column_step, columns,
+        at, at_depth, at_row, at_column, target, where, count, packing, by,
+    ):  # fmt: skip
+        apart()
+        reduce_window(
+            OPERATION, ELEMENT, SIDE, STEP, BITS, 0, 0, source, depth_step, depths, row_step, rows,
+            column_step, columns, at, at_depth, at_row, at_column, target, where, count, packing, by,
+        )  # fmt: skip
+
+    @inlined
+    def window(
+        source, depth_step, depths, row_step, rows, column_step, columns, reach, source_end,
+        at, at_depth, at_row, at_column, target, target_end, where, count, packing, by,
+    ):  # fmt: skip
+        last = source + (depths - 1) * depth_step + (rows - 1) * row_step + (columns - 1) * column_step
+        is_regular = KERNEL == 0 or (depths == 1 and rows == KERNEL and columns == KERNEL)
+        if is_regular and last + reach <= source_end and target < target_end:
+            reduce_window(
+                OPERATION, ELEMENT, SIDE, STEP, BITS, KERNEL, 1, source, depth_step, depths, row_step, rows,
+                column_step, columns, at, at_depth, at_row, at_column, target, where, count, packing, by,
+            )  # fmt: skip
+        else:
+            any_window(
+                source, depth_step, depths, row_step, rows, column_step, columns,
+                at, at_depth, at_row, at_column, target, where, count, packing, by,
+            )  # fmt: skip
+
+    return window
+
+
 @lru_cache(maxsize=64)
-def _packed_reduction(operation, element, itemsize, bits):
+def _packed_reduction(operation, element, itemsize, bits, kernel):
     """Return the task that reduces packs of windows."""
-    OPERATION, ELEMENT, SIZE, BITS, SIDE = operation, element, itemsize, bits, element_lanes(element)
+    OPERATION, SIZE, SIDE = operation, itemsize, element_lanes(element)
+    window = _window(operation, element, PACKED, bits, kernel)
 
     @task
     def reduce_packs(arguments, chunk):
@@ -169,11 +218,11 @@ def _packed_reduction(operation, element, itemsize, bits):
                 first, count, at, rows, h_step, columns, w_step, padded, packing = integers(table + pack * 72, 0, 9)
                 by = 1.0 if OPERATION == MAXIMUM else _divisor(divisor, count_padding, padded, rows * columns)
                 to = n * pooled + first
-                reduce_window(
-                    OPERATION, ELEMENT, SIDE, PACKED, BITS, source + (n * plane + at) * SIZE,
-                    0, 1, h_step * W * SIZE, rows, w_step * SIZE, columns, at, 0, h_step * W, w_step,
-                    target + to * SIZE, where + to * 8, count, int(to + SIDE <= end * pooled),
-                    packings + packing * nbytes, by,
+                window(
+                    source + (n * plane + at) * SIZE, 0, 1, h_step * W * SIZE, rows, w_step * SIZE, columns,
+                    integer(packings + packing * nbytes, 0) + SIDE * SIZE, source + planes * plane * SIZE,
+                    at, 0, h_step * W, w_step, target + to * SIZE, target + (end * pooled - SIDE + 1) * SIZE,
+                    where + to * 8, count, packings + packing * nbytes, by,
                 )  # fmt: skip
 
     return reduce_packs
@@ -204,9 +253,10 @@ def _side_by_side(table, inner):
 
 
 @lru_cache(maxsize=64)
-def _reduction(operation, element, itemsize, step, bits):
+def _reduction(operation, element, itemsize, step, bits, kernel):
     """Return the task that reduces windows of one kind of element, `step` apart (0: lanes are channels)."""
-    OPERATION, ELEMENT, SIZE, STEP, BITS, SIDE = operation, element, itemsize, step, bits, element_lanes(element)
+    OPERATION, SIZE, STEP, SIDE = operation, itemsize, step, element_lanes(element)
+    window = _window(operation, element, step, bits, kernel)
 
     @task
     def reduce(arguments, chunk):
@@ -228,12 +278,13 @@ def _reduction(operation, element, itemsize, step, bits):
                 for lane in range(0, count, SIDE):
                     # Lane by lane: the next channel, or the next window.
                     to = row * Q * C + q * C + lane
-                    reduce_window(
-                        OPERATION, ELEMENT, SIDE, STEP, BITS, at + (w0 * C + lane * max(STEP, 1)) * SIZE,
+                    window(
+                        at + (w0 * C + lane * max(STEP, 1)) * SIZE,
                         d_step * H * W * C * SIZE, depths, h_step * W * C * SIZE, rows, w_step * C * SIZE, columns,
+                        SIDE * max(STEP, 1) * SIZE, source + outer * D * H * W * C * SIZE,
                         (d0 * H + h0) * W + w0 + lane * STEP, d_step * H * W, h_step * W, w_step,
-                        target + to * SIZE, where + to * 8, min(SIDE, count - lane),
-                        int(to + SIDE <= end * Q * C), 0, by,
+                        target + to * SIZE, target + (end * Q * C - SIDE + 1) * SIZE, where + to * 8,
+                        min(SIDE, count - lane), 0, by,
                     )  # fmt: skip
 
     return reduce

@@ -857,24 +857,26 @@ def _element_type(number):
 
 @intrinsic(prefer_literal=True)
 def reduce_window(
-    typing_context, operation, element, lanes, step, position_bits,
+    typing_context, operation, element, lanes, step, position_bits, kernel, whole,
     source, depth_step, depths, row_step, rows, column_step, columns,
-    position, position_depth, position_row, position_column, target, where, count, whole, packing, divisor,
+    position, position_depth, position_row, position_column, target, where, count, packing, divisor,
 ):  # fmt: skip
     """Reduce `count` windows side by side, one in each lane, `step` elements apart; 0: channels of the same window.
 
     A tap is so many steps from `source` along depth, rows and columns, and its number as many from `position`.
     The maximum goes to `target` and, unless `position_bits` is 0, the number of its tap to int64 numbers at `where`:
     the first of equal ones, of NaN the last. The sum, if wide in float64, is divided. If `whole`, lanes from `count`
-    on may be written too.
+    on may be read and written too: with masks, vectors across cache lines take several times as long.
 
-    With step PACKED, `packing` says where the lanes' elements are: see `packing_of`.
+    With step PACKED, `packing` says where the lanes' elements are: see `packing_of`. Unless `kernel` is 0, there are
+    so many rows and columns of taps, of one depth, and no loops.
     """
-    shape = [t.literal_value for t in (operation, element, lanes, step, position_bits)]
-    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 16, types.float64)
+    literals = operation, element, lanes, step, position_bits, kernel, whole
+    shape = [t.literal_value for t in literals]
+    signature = types.void(*literals, *[types.int64] * 15, types.float64)
 
     def generate(context, builder, signature, args):
-        _Window(builder, args[18], args[20], *shape).generate(*args[5:18], args[19], args[21])
+        _Window(builder, args[20], args[21], *shape).generate(*args[7:20], args[22])
         return context.get_dummy_value()
 
     return signature, generate
@@ -909,7 +911,8 @@ def packing_of(offsets, itemsize, lanes):
 class _Window:
     """Generates the loops of `reduce_window`."""
 
-    def __init__(self, builder, count, packing, operation, element, lanes, step, position_bits):
+    def __init__(self, builder, count, packing, operation, element, lanes, step, position_bits, kernel, whole):
+        self.kernel, self.whole = kernel, whole
         self.builder, self.operation, self.lanes, self.step = builder, operation, lanes, step
         kind, self.is_signed = _element_type(element)
         self.vector = ir.VectorType(kind, lanes)
@@ -937,7 +940,7 @@ class _Window:
 
     def generate(
         self, source, depth_step, depths, row_step, rows, column_step, columns,
-        position, position_depth, position_row, position_column, target, where, whole, divisor,
+        position, position_depth, position_row, position_column, target, where, divisor,
     ):  # fmt: skip
         builder = self.builder
         best, found = cgutils.alloca_once_value(builder, self._lowest(self.held)), None
@@ -946,19 +949,26 @@ class _Window:
             nothing = builder.icmp_signed("==", taps, ir.Constant(_I64, 0))
             first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
             found = cgutils.alloca_once_value(builder, first)
-        with (
-            cgutils.for_range(builder, depths) as depth,
-            cgutils.for_range(builder, rows) as row,
-            cgutils.for_range(builder, columns) as column,
-        ):
-            counts = depth.index, row.index, column.index
+
+        def take(*counts):
             value = self._load(self._along(source, counts, (depth_step, row_step, column_step)))
             if self.operation != MAXIMUM:
                 builder.store(builder.fadd(builder.load(best), self._held(value)), best)
             else:
                 here = self._along(position, counts, (position_depth, position_row, position_column))
                 self._take(value, here, best, found)
-        self._end(best, found, target, where, whole, divisor)
+
+        if self.kernel:
+            for tap in range(self.kernel**2):
+                take(*(ir.Constant(_I64, at) for at in (0, *divmod(tap, self.kernel))))
+        else:
+            with (
+                cgutils.for_range(builder, depths) as depth,
+                cgutils.for_range(builder, rows) as row,
+                cgutils.for_range(builder, columns) as column,
+            ):
+                take(depth.index, row.index, column.index)
+        self._end(best, found, target, where, divisor)
 
     def _along(self, start, counts, steps):
         for count, step in zip(counts, steps):
@@ -992,6 +1002,8 @@ class _Window:
         return _shuffle(self.builder, values, values, [self.step * i for i in range(self.lanes)])
 
     def _masked(self, place, vector, mask):
+        if self.whole:
+            return _load(self.builder, self.builder.inttoptr(place, _I8P), 0, vector, _nbytes(vector.element))
         return _masked_load(self.builder, self.builder.inttoptr(place, vector.as_pointer()), mask, vector)
 
     def _numbers(self, first):
@@ -1015,7 +1027,7 @@ class _Window:
         if found is not None:
             builder.store(builder.select(taken, self._numbers(number), builder.load(found)), found)
 
-    def _end(self, best, found, target, where, whole, divisor):
+    def _end(self, best, found, target, where, divisor):
         builder, result = self.builder, self.builder.load(best)
         if self.operation != MAXIMUM:
             kind = self.held.element
@@ -1028,13 +1040,11 @@ class _Window:
             if self.positions.element.width < 64:
                 numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
             results.append((numbers, where))
-        with builder.if_else(builder.icmp_signed("!=", whole, ir.Constant(_I64, 0))) as (then, otherwise):
-            with then:
-                for vector, place in results:
-                    _store_unaligned(builder, vector, place)
-            with otherwise:
-                for vector, place in results:
-                    _masked_store(builder, vector, builder.inttoptr(place, vector.type.as_pointer()), self.mask)
+        for vector, place in results:
+            if self.whole:
+                _store_unaligned(builder, vector, place)
+            else:
+                _masked_store(builder, vector, builder.inttoptr(place, vector.type.as_pointer()), self.mask)
 
 
 def _picked(builder, a, b, order):
@@ -1043,6 +1053,17 @@ def _picked(builder, a, b, order):
     signature = ir.FunctionType(a.type, [a.type, order.type, a.type])
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.avx512.vpermi2var.{name}.512")
     return builder.call(function, [a, order, b])
+
+
+@intrinsic
+def apart(typing_context):
+    """Keep the function that calls this from being inlined: a loop's registers would be those of rare cases."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic(prefer_literal=True)
