@@ -214,3 +214,54 @@ def test_threads_share_what_is_known():
     for thread in crowd:
         thread.join()
     assert not wrong
+
+
+POOLS = {
+    "maximum": lambda x, g, **how: fastconv.max_pool2d(x, 3, 2, 1, return_indices=True, **how),
+    "maximum alone": lambda x, g, **how: [fastconv.max_pool2d(x, 3, 2, 1, **how)],
+    "average": lambda x, g, **how: [fastconv.avg_pool2d(x, 3, 2, 1, **how)],
+    "adaptive maximum": lambda x, g, **how: fastconv.adaptive_max_pool2d(x, 3, True, **how),
+    "adaptive average": lambda x, g, **how: [fastconv.adaptive_avg_pool2d(x, 3, **how)],
+    "gradient of the average": lambda x, g, **how: [fastconv.avg_pool2d_backward(g, x.shape, 3, 2, 1, **how)],
+    "gradient of uneven averages": lambda x, g, **how: [
+        fastconv.avg_pool2d_backward(g, x.shape, 3, 2, 1, count_include_pad=False, **how)
+    ],
+    "gradient of the adaptive average": lambda x, g, **how: [fastconv.adaptive_avg_pool2d_backward(g, x.shape, **how)],
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["image", "batch"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_pools_go_the_short_way_to_the_same_bits(pool, data_format, batch, poisoned):
+    sizes = ((7, 9), (4, 5))
+    first = data_format == "channels_first"
+    x, g = (normal(pool, shape=(*batch, *((18, *s) if first else (*s, 18))), dtype="float32") for s in sizes)
+    results, short = counted(POOLS[pool], x, g, data_format=data_format)
+    assert not short
+    again, short = counted(POOLS[pool], x, g, data_format=data_format)
+    assert short
+    assert [(a.shape, a.tobytes()) for a in again] == [(a.shape, a.tobytes()) for a in results]
+
+
+@pytest.mark.parametrize("channels", [1, 18])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_indices_of_other_windows_than_the_first_call_had_go_the_short_way_too(data_format, channels):
+    x = normal("x", shape=(2, channels, 12, 12), dtype="float32")
+    if data_format == "channels_last":
+        x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    how = {"data_format": data_format}
+    y, local = fastconv.max_pool2d(x, 2, return_indices=True, **how)
+    strange = np.random.default_rng(0).integers(-1, 144, local.shape)
+    for where in (local, strange, strange, local, local):
+        dx, short = counted(fastconv.max_pool2d_backward, y, where, x.shape, **how)
+        known = dict(calls.known)
+        calls.known.clear()
+        assert dx.tobytes() == fastconv.max_pool2d_backward(y, where, x.shape, **how).tobytes()
+        calls.known.clear()
+        calls.known.update(known)
+    assert short
+    for bad in (-2, 144):
+        strange.flat[-1] = bad
+        with pytest.raises(fastconv.ArgumentError, match=f"not {bad}"):
+            fastconv.max_pool2d_backward(y, strange, x.shape, **how)

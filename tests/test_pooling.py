@@ -9,7 +9,8 @@ import torch
 from support import BFLOAT16, FIRST, LAST, LAYOUTS, STRANGE, VIEW, each, normal, op, plain, pool_arguments, rng
 
 import fastconv
-from fastconv import reference
+from fastconv import calls, reference
+from fastconv.cpu import pool, simd
 from fastconv.testing import POOL_CASES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -454,3 +455,28 @@ def test_a_view_over_channels_last_memory_is_not_copied_apart():
     x = VIEW.put(normal("x", shape=(2, 8, 6, 6)))
     for y in (fastconv.max_pool2d(x, 2), fastconv.avg_pool2d(x, 2), fastconv.adaptive_avg_pool2d(x, 2)):
         assert VIEW.lies_right(y, x)
+
+
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("layout", [FIRST, LAST], ids=str)
+def test_every_instruction_set_has_its_vectors(monkeypatch, instructions, layout):
+    if instructions == "avx512" and simd.instruction_set() != "avx512":
+        pytest.skip("vectors of 64 bytes are put together by an AVX-512 instruction")
+    monkeypatch.setattr(simd, "instruction_set", lambda: instructions)
+
+    def forget():
+        calls.known.clear()
+        for cached in (pool._element, pool._plan, pool._reduction, pool._packed_reduction, pool._packed_tables):
+            cached.cache_clear()
+
+    forget()
+    for shape, sizes in (((2, 19, 8, 8), (2,)), ((3, 4, 26, 27), (3, 2, 1)), ((2, 3, 11, 40), (5, 3))):
+        x = rng(shape).integers(-3, 4, shape).astype("float32")
+        x[rng(shape, "nan").random(shape) < 0.02] = np.nan
+        expected, expected_where = reference.max_pool(x, *sizes)
+        y, where = fastconv.max_pool2d(layout.put(x), *sizes, return_indices=True, data_format=layout.data_format)
+        np.testing.assert_array_equal(layout.back(y), expected)
+        np.testing.assert_array_equal(layout.back(where), expected_where)
+        averages = layout.back(fastconv.avg_pool2d(layout.put(x), *sizes, data_format=layout.data_format))
+        np.testing.assert_allclose(averages, reference.avg_pool(x, *sizes), rtol=1e-6, atol=1e-6)
+    forget()

@@ -36,7 +36,9 @@ from .simd import call
 # Contract a*b+c into one rounding and reorder sums; never assume that numbers are finite.
 FASTMATH = {"contract", "reassoc", "nsz"}
 
-device = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy")
+device = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy", forceinline=False)
+# For functions of so many numbers that handing them over takes as long as the work. What they call is asked anew.
+inlined = numba.njit(fastmath=FASTMATH, nogil=True, error_model="numpy", forceinline=True)
 
 KERNELS: list[Kernel] = []
 TASKS: list[Task] = []

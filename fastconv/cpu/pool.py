@@ -21,7 +21,7 @@ from numba import prange
 
 from ..registry import Buffer
 from . import threads
-from .compile import device, kernel, share, task
+from .compile import device, inlined, kernel, share, task
 from .memory import address
 from .simd import (
     ADD_ALL,
@@ -29,13 +29,17 @@ from .simd import (
     ELEMENTS,
     LAST_MATCHING,
     MAXIMUM,
+    PACKED,
     SUM,
     WIDE_SUM,
+    apart,
+    can_pack,
     deposit,
     element_lanes,
     integer,
     integers,
     lay_out,
+    packing_of,
     reduce_window,
     rows_together,
     spread_windows,
@@ -50,6 +54,10 @@ LANES = 16
 SERIAL_BYTES = 64 * 1024
 # Windows up to so many elements apart are loaded as one stretch; others one at a time.
 MOST_STEP = 4
+# Windows of a plane of which there is a table.
+MOST_PACKED = 4096
+# Square windows of up to so many rows are reduced without loops.
+MOST_UNROLLED = 3
 # Taps of a window that are added up in the element's own precision.
 MOST_TAPS = 64
 # Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
@@ -60,33 +68,169 @@ MOST_MATCHED = 3
 MOST_BUFFERED = 1 << 20
 # Indices from which windows are guessed.
 SAMPLES = 128
+# What became of scattering by windows: an index was outside the plane, or not in its window.
+OUTSIDE, ASTRAY = 2, 1
 
 
-def max_forward(x, windows, y, indices):
-    """Write maxima to `y` and, unless it is None, flat positions in the plane to `indices`."""
-    bits = 0 if indices is None else 64 if np.prod(x.shape[1:4], dtype=object) >= 2**31 else 32
-    _reduce(MAXIMUM, x, windows, y, indices, bits, False, 1)
+def maximum(dtype, shape, windows, pooled, with_indices):
+    """Return a function of (x, y, indices or None) that writes maxima and their flat positions in the plane.
+
+    Shapes are as kernels see them; arrays of any shape that lie so in memory will do.
+    """
+    bits = 0 if not with_indices else 64 if math.prod(shape[1:4]) >= 2**31 else 32
+    return _reducing(MAXIMUM, dtype, shape, windows, pooled, bits)
 
 
-def average_forward(x, windows, y, count_padding, divisor):
-    """Write window averages to `y`; `divisor` 0 means the number of elements, with or without padding."""
-    if x.dtype.kind == "f":
-        taps = np.prod([(w[:, 3]).max(initial=0) for w in windows], dtype=object)
-        _reduce(SUM if taps <= MOST_TAPS else WIDE_SUM, x, windows, y, None, 0, count_padding, divisor)
+def average(dtype, shape, windows, pooled, count_padding, divisor):
+    """Return a function of (x, y) that writes averages of numbers with a fraction.
+
+    `divisor` 0 means the number of elements, with or without padding.
+    """
+    taps = math.prod(int(w[:, 3].max(initial=0)) for w in windows)
+    return _reducing(SUM if taps <= MOST_TAPS else WIDE_SUM, dtype, shape, windows, pooled, 0, count_padding, divisor)
+
+
+def average_integers(x, windows, y, count_padding, divisor):
+    """Write averages of integers, truncated towards zero."""
+    _average_integers(x, *windows, y, count_padding, divisor)
+
+
+def _reducing(operation, dtype, shape, windows, pooled, bits=0, count_padding=False, divisor=1):
+    """Return a function of (x, y, indices or None) that reduces windows."""
+    element, size, kernel = ELEMENTS.index(dtype.name), dtype.itemsize, _unrolled(dtype, windows)
+    if _is_packed(dtype, shape, windows):
+        packs, packings = _packed_tables(
+            windows[1].tobytes(), windows[2].tobytes(), shape[3], size, element_lanes(element)
+        )
+        run = _packed_reduction(operation, element, size, bits, kernel)
+        plane, held = math.prod(shape[1:4]), (packs, packings)
+        sizes = shape[0], plane, math.prod(pooled), len(packs), *map(address, held), packings.strides[0], shape[3]
     else:
-        _average_integers(x, *windows, y, count_padding, divisor)
+        step, groups = _side_by_side(windows[2].tobytes(), shape[-1])
+        run = _reduction(operation, element, size, step, bits, kernel)
+        held = windows, groups
+        sizes = *shape, *pooled, *map(address, windows[:2]), address(groups), len(groups)
+    numbers = np.array([0, 0, 0, 0, *sizes, count_padding, divisor], np.int64)
+    is_large = _is_large(dtype, shape)
+
+    # The tables are held because machine code has their addresses.
+    def reduce(x, y, indices=None, tables=held):
+        arguments = numbers.copy()
+        arguments[0] = threads.count() if is_large else 1
+        arguments[1], arguments[2] = address(x), address(y)
+        if indices is not None:
+            arguments[3] = address(indices)
+        run.start(arguments)
+
+    return reduce
 
 
-def _reduce(operation, x, windows, y, indices, bits, count_padding, divisor):
-    outer, D, H, W, inner = x.shape
-    _, O, P, Q, _ = y.shape
-    step, groups = _side_by_side(windows[2].tobytes(), inner)
-    run = _reduction(operation, ELEMENTS.index(x.dtype.name), x.dtype.itemsize, step, bits)
-    run(
-        threads.count() if y.nbytes >= SERIAL_BYTES else 1, address(x), address(y),
-        0 if indices is None else address(indices), outer, D, H, W, inner, O, P, Q,
-        *map(address, windows[:2]), address(groups), len(groups), count_padding, divisor,
-    )  # fmt: skip
+def _unrolled(dtype, windows):
+    """Return the size of square windows that is worth code without loops, or 0."""
+    sizes = [int(w[:, 3].max(initial=0)) for w in windows]
+    return sizes[2] if dtype.kind == "f" and sizes[0] == 1 < sizes[1] == sizes[2] <= MOST_UNROLLED else 0
+
+
+def _is_packed(dtype, shape, windows):
+    """Whether windows of several rows share vectors: those of planes with few enough of them for a table."""
+    _, D, _, _, inner = shape
+    count = len(windows[1]) * len(windows[2])
+    return can_pack() and dtype.kind == "f" and inner == 1 and D == len(windows[0]) == 1 and 0 < count <= MOST_PACKED
+
+
+@lru_cache(maxsize=256)
+def _packed_tables(h_table, w_table, W, itemsize, lanes):
+    """Return (packs, packings): what windows of a plane are reduced at a time, and where their elements lie.
+
+    A pack is (first window, count, first element, rows, their step, columns, their step, elements with padding, number
+    of the packing). Its windows have as many taps, as far apart.
+    """
+    h, w = (np.frombuffer(table, np.int64).reshape(-1, 4) for table in (h_table, w_table))
+    first = (h[:, :1] * W + w[:, 0]).ravel()
+    taps = [np.maximum(-((t[:, 0] - t[:, 1]) // t[:, 2]), 0) for t in (h, w)]
+    kinds = np.stack([
+        *np.broadcast_arrays(taps[0][:, None], h[:, 2:3], taps[1], w[:, 2], h[:, 3:] * w[:, 3])
+    ]).reshape(5, -1)  # fmt: skip
+    changes = np.append(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0)) + 1, len(first))
+    packs, packings, start = [], {}, 0
+    while start < len(first):
+        end = min(start + lanes, changes[np.searchsorted(changes, start, "right")])
+        count, packing = packing_of(first[start:end], itemsize, lanes)
+        number = packings.setdefault(packing.tobytes(), len(packings))
+        packs.append((start, count, first[start], *kinds[:, start], number))
+        start += count
+    return np.array(packs, np.int64), np.frombuffer(b"".join(packings), np.int64).reshape(len(packings), -1)
+
+
+def _window(operation, element, step, bits, kernel):
+    """Return the function that reduces windows side by side, the fast way where they are `kernel` x `kernel` taps.
+
+    Vectors are read and written whole up to `source_end` and `target_end`: later ones write over what is too much.
+    """
+    OPERATION, ELEMENT, SIDE, STEP, BITS, KERNEL = operation, element, element_lanes(element), step, bits, kernel
+
+    @device
+    def any_window(
+        source, depth_step, depths, row_step, rows, column_step, columns,
+        at, at_depth, at_row, at_column, target, where, count, packing, by,
+    ):  # fmt: skip
+        apart()
+        reduce_window(
+            OPERATION, ELEMENT, SIDE, STEP, BITS, 0, 0, source, depth_step, depths, row_step, rows,
+            column_step, columns, at, at_depth, at_row, at_column, target, where, count, packing, by,
+        )  # fmt: skip
+
+    @inlined
+    def window(
+        source, depth_step, depths, row_step, rows, column_step, columns, reach, source_end,
+        at, at_depth, at_row, at_column, target, target_end, where, count, packing, by,
+    ):  # fmt: skip
+        last = source + (depths - 1) * depth_step + (rows - 1) * row_step + (columns - 1) * column_step
+        is_regular = KERNEL == 0 or (depths == 1 and rows == KERNEL and columns == KERNEL)
+        if is_regular and last + reach <= source_end and target < target_end:
+            reduce_window(
+                OPERATION, ELEMENT, SIDE, STEP, BITS, KERNEL, 1, source, depth_step, depths, row_step, rows,
+                column_step, columns, at, at_depth, at_row, at_column, target, where, count, packing, by,
+            )  # fmt: skip
+        else:
+            any_window(
+                source, depth_step, depths, row_step, rows, column_step, columns,
+                at, at_depth, at_row, at_column, target, where, count, packing, by,
+            )  # fmt: skip
+
+    return window
+
+
+@lru_cache(maxsize=64)
+def _packed_reduction(operation, element, itemsize, bits, kernel):
+    """Return the task that reduces packs of windows."""
+    OPERATION, SIZE, SIDE = operation, itemsize, element_lanes(element)
+    window = _window(operation, element, PACKED, bits, kernel)
+
+    @task
+    def reduce_packs(arguments, chunk):
+        """Planes of windows."""
+        chunks, source, target, where, planes, plane, pooled, packs, table, packings = integers(arguments, 0, 10)
+        nbytes, W, count_padding, divisor = integers(arguments, 10, 4)
+        begin, end = share(planes, chunk, chunks)
+        for n in range(begin, end):
+            for pack in range(packs):
+                first, count, at, rows, h_step, columns, w_step, padded, packing = integers(table + pack * 72, 0, 9)
+                by = 1.0 if OPERATION == MAXIMUM else _divisor(divisor, count_padding, padded, rows * columns)
+                to = n * pooled + first
+                window(
+                    source + (n * plane + at) * SIZE, 0, 1, h_step * W * SIZE, rows, w_step * SIZE, columns,
+                    integer(packings + packing * nbytes, 0) + SIDE * SIZE, source + planes * plane * SIZE,
+                    at, 0, h_step * W, w_step, target + to * SIZE, target + (end * pooled - SIDE + 1) * SIZE,
+                    where + to * 8, count, packings + packing * nbytes, by,
+                )  # fmt: skip
+
+    return reduce_packs
+
+
+def _is_large(dtype, shape):
+    """Whether threads are worth waking."""
+    return math.prod(shape) * dtype.itemsize >= SERIAL_BYTES
 
 
 @lru_cache(maxsize=1024)
@@ -109,9 +253,10 @@ def _side_by_side(table, inner):
 
 
 @lru_cache(maxsize=64)
-def _reduction(operation, element, itemsize, step, bits):
+def _reduction(operation, element, itemsize, step, bits, kernel):
     """Return the task that reduces windows of one kind of element, `step` apart (0: lanes are channels)."""
-    OPERATION, ELEMENT, SIZE, STEP, BITS, SIDE = operation, element, itemsize, step, bits, element_lanes(element)
+    OPERATION, SIZE, STEP, SIDE = operation, itemsize, step, element_lanes(element)
+    window = _window(operation, element, step, bits, kernel)
 
     @task
     def reduce(arguments, chunk):
@@ -133,11 +278,13 @@ def _reduction(operation, element, itemsize, step, bits):
                 for lane in range(0, count, SIDE):
                     # Lane by lane: the next channel, or the next window.
                     to = row * Q * C + q * C + lane
-                    reduce_window(
-                        OPERATION, ELEMENT, SIDE, STEP, BITS, at + (w0 * C + lane * max(STEP, 1)) * SIZE,
+                    window(
+                        at + (w0 * C + lane * max(STEP, 1)) * SIZE,
                         d_step * H * W * C * SIZE, depths, h_step * W * C * SIZE, rows, w_step * C * SIZE, columns,
+                        SIDE * max(STEP, 1) * SIZE, source + outer * D * H * W * C * SIZE,
                         (d0 * H + h0) * W + w0 + lane * STEP, d_step * H * W, h_step * W, w_step,
-                        target + to * SIZE, where + to * 8, min(SIDE, count - lane), by,
+                        target + to * SIZE, target + (end * Q * C - SIDE + 1) * SIZE, where + to * 8,
+                        min(SIDE, count - lane), 0, by,
                     )  # fmt: skip
 
     return reduce
@@ -155,21 +302,33 @@ def _divisor(given, count_padding, padded, inside):
     return float(count) if count != 0 else 1.0
 
 
-def scatter_add(grad, indices, dx):
-    """Add each gradient to the element its index names (-1: none); return False if an index is outside the plane."""
-    return _scattered(ADD_MATCHING, grad, indices, dx)
+def scatter_add(dtype, shape, sizes, indices):
+    """Return a function of (grad, indices, dx) that adds each gradient to the element its index names (-1: none).
+
+    It returns False if an index is outside the plane; indices like the given ones take it the least time.
+    """
+    return _scattering(ADD_MATCHING, dtype, shape, sizes, indices)
 
 
-def scatter(x, indices, y):
-    """Write each value where its index says, the last one winning; return False if an index is outside the plane."""
-    return _scattered(LAST_MATCHING, x, indices, y)
+def scatter(dtype, shape, sizes, indices):
+    """Return a function of (x, indices, y) that writes each value where its index says, the last one winning."""
+    return _scattering(LAST_MATCHING, dtype, shape, sizes, indices)
 
 
-def _scattered(kind, values, indices, target):
-    windows = _guess(indices, target.shape[1:4]) if values.dtype.kind == "f" and values.size else None
-    wrong = np.zeros(threads.count(), np.int64)
-    _spread(kind, values, indices, windows, target, wrong, 1)
-    return not wrong.any()
+def _scattering(kind, dtype, shape, sizes, indices):
+    # Comparing pays where lanes are channels: in a plane, one element after the other takes a half to a third of that.
+    guesses = dtype.kind == "f" and indices.size and shape[-1] != 1
+    run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices) if guesses else None)
+
+    def scatter(values, indices, target):
+        nonlocal run
+        state = run(values, indices, target)
+        if state & ASTRAY and not state & OUTSIDE:
+            # Other windows than last time, or none.
+            run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices))
+        return not state & OUTSIDE
+
+    return scatter
 
 
 class _Regular(NamedTuple):
@@ -184,10 +343,10 @@ class _Regular(NamedTuple):
         return self.kernels[1] == self.kernels[2] <= MOST_KERNEL and self.strides[1] == self.strides[2] <= MOST_STRIDE
 
 
-def _guess(indices, sizes):
+def _guess(shape, sizes, indices):
     """Return the windows that some of the indices can come from, or None. The others need not."""
     found = np.empty(9, np.int64)
-    _, O, P, Q, inner = indices.shape
+    _, O, P, Q, inner = shape
     _sample(1, address(indices), indices.size, O, P, Q, inner, *sizes, address(found))
     kernels, strides, firsts = found.reshape(3, 3).tolist()
     # Square ones, if need be larger than they are.
@@ -268,26 +427,48 @@ def _plan(windows, lanes, across, pooled, sizes):
     return _Plan(starts[1], ends[1], starts[2], ends[2], top, rows, left, columns, size)
 
 
-def _spread(kind, values, indices, windows, target, wrong, divisor):
-    """Spread what each window has over `target`: by its windows if they are given, else by index.
+def _spread(kind, dtype, shape, sizes, windows, divisor=1):
+    """Return a function that spreads what each window has over an array: by its windows if given, else by index.
 
-    `wrong` becomes not zero where an index is outside the plane.
+    It takes (values, indices or None, array) and returns OUTSIDE if an index is outside the plane, ASTRAY if one
+    comes from other windows, or their sum.
     """
-    outer, *pooled, inner = values.shape
-    sizes, across = target.shape[1:4], inner == 1
-    element, lanes = _element(values.dtype)
+    outer, *pooled, inner = shape
+    across = inner == 1
+    element, lanes = _element(dtype)
     plan = _plan(windows, lanes, across, tuple(pooled), sizes) if windows else None
     if plan is None or (plan.size > MOST_BUFFERED and kind != ADD_ALL):
         windows, plan = _Regular((0, 0, 0), (1, 1, 1), (0, 0, 0)), _Plan(*[0] * 9)
-    chunks = threads.count() if target.nbytes >= SERIAL_BYTES else 1
+    is_large = _is_large(dtype, (outer, *sizes, inner))
+    run = _spreading(kind, element, dtype.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)
     # Values, then numbers.
     size = -(-plan.size // 16) * 16
-    with workspace({"buffer": Buffer((chunks, size * (values.itemsize + 4)), np.dtype(np.uint8))}) as lent:
-        _spreading(kind, element, values.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)(
-            chunks, address(values), 0 if indices is None else address(indices), address(target),
-            0 if wrong is None else address(wrong), address(lent["buffer"]), size, outer, inner, *pooled, *sizes,
-            windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor,
-        )  # fmt: skip
+    numbers = np.array(
+        [0, 0, 0, 0, 0, 0, size, outer, inner, *pooled, *sizes,
+         windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor], np.int64
+    )  # fmt: skip
+
+    def spread(values, indices, target):
+        chunks = threads.count() if is_large else 1
+        states, arguments = np.zeros(chunks, np.int64), numbers.copy()
+        arguments[0], arguments[1], arguments[3], arguments[4] = (
+            chunks,
+            address(values),
+            address(target),
+            address(states),
+        )
+        if indices is not None:
+            arguments[2] = address(indices)
+        if size == 0:
+            run.start(arguments)
+        else:
+            buffers = {"buffer": Buffer((chunks, size * (dtype.itemsize + 4)), np.dtype(np.uint8))}
+            with workspace(buffers) as lent:
+                arguments[5] = address(lent["buffer"])
+                run.start(arguments)
+        return int(states.max()) if indices is not None else 0
+
+    return spread
 
 
 @lru_cache(maxsize=8)
@@ -354,12 +535,12 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
         # Zeros are still in the cache when they are added to.
         for i in range(1 if ACROSS else D * H * W):
             zero_bytes(target_at + i * inner * SIZE, D * H * W * SIZE if ACROSS else count * SIZE)
-        wrong = False
+        wrong, pitch = False, 1 if ACROSS else inner
         for i in range(O * P * Q):
-            for c in range(count):
-                position = integer(where_at, i * inner + c)
+            for c in range(1 if ACROSS else count):
+                position = integer(where_at, i * pitch + c)
                 if np.uint64(position) < np.uint64(D * H * W):
-                    source, to = (i * inner + c) * SIZE, (position * inner + c) * SIZE
+                    source, to = (i * pitch + c) * SIZE, (position * pitch + c) * SIZE
                     deposit(ELEMENT, ADDS, values_at + source, target_at + to)
                 else:
                     wrong |= (not ADDS) | (position != -1)
@@ -368,12 +549,13 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
     @task
     def spreading(arguments, chunk):
         """Planes, or vectors of channels."""
-        chunks, source, where, target, bad, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
+        chunks, source, where, target, states, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
         values = buffer + chunk * size * (SIZE + 4)
         numbers = values + size * SIZE
         zero_bytes(values if KIND == ADD_ALL else numbers, size * (SIZE if KIND == ADD_ALL else 4))
         blocks = (inner + LANES - 1) // LANES
         begin, end = share(outer * blocks, chunk, chunks)
+        state = 0
         for job in range(begin, end):
             n, c = job // blocks, job % blocks * LANES
             count, at = min(LANES, inner - c), n * O * P * Q * inner + c
@@ -385,8 +567,10 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
                 if valid == O * P * Q * count:
                     found = spread(arguments, values, numbers, target_at, channels)
             astray = KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count)
-            if astray and scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count):
-                store_integer(bad, chunk, 1)
+            if astray:
+                outside = scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count)
+                state |= OUTSIDE if outside else ASTRAY if KERNEL > 0 else 0
+        store_integer(states, chunk, state)
 
     return spreading
 
@@ -398,20 +582,30 @@ def gather(values, indices, out):
     return not bad.any()
 
 
-def average_backward(geometry, grad, dx, count_padding, divisor):
-    """Write the gradient of the average with respect to its input to `dx`."""
+def average_grad(geometry, dtype, shape, sizes, count_padding, divisor):
+    """Return a function of (grad, dx) that writes the gradient of the average with respect to its input."""
     regular, divisor = _spread_average(geometry, count_padding, divisor)
-    with workspace({"shares": Buffer(grad.shape if divisor == 0 else (0,), grad.dtype)}) as lent:
-        if divisor == 0:
-            counts = _counts(geometry, count_padding)
-            per_window = np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2])[..., None]
-            grad = np.divide(grad, np.maximum(per_window, 1), out=lent["shares"], casting="unsafe")
-        if regular and grad.size:
-            _spread(ADD_ALL, grad, None, regular, dx, None, divisor or 1)
-        else:
-            inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, dx.shape[1:4])]
-            taps = np.prod([w[:, 3].max(initial=0) for w in inverse], dtype=object)
-            _reduce(SUM if taps <= MOST_TAPS else WIDE_SUM, grad, inverse, dx, None, 0, False, divisor or 1)
+    if regular and math.prod(shape):
+        spread = _spread(ADD_ALL, dtype, shape, sizes, regular, divisor or 1)
+    else:
+        inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, sizes)]
+        gradients = average(dtype, shape, inverse, sizes, False, divisor or 1)
+
+        def spread(grad, indices, dx):
+            gradients(grad, dx)
+
+    if divisor != 0:
+        return lambda grad, dx: spread(grad, None, dx)
+    counts = _counts(geometry, count_padding)
+    per_window = np.maximum(np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2]), 1)[..., None]
+    buffers = {"shares": Buffer(shape, dtype)}
+
+    def share_out(grad, dx):
+        with workspace(buffers) as lent:
+            shares = np.divide(grad.reshape(shape), per_window, out=lent["shares"], casting="unsafe")
+            spread(shares, None, dx)
+
+    return share_out
 
 
 @lru_cache(maxsize=256)
@@ -508,24 +702,3 @@ def _average_integers(x, d_windows, h_windows, w_windows, y, count_padding, divi
                             total += x[n, d, h, w, c]
                             w += ww[2]
                 y[n, o, p, q, c] = total / count if count != 0 else 0.0
-
-
-@kernel
-def _average_backward(grad, d_windows, h_windows, w_windows, dx, count_padding, divisor):
-    outer, O, P, Q, inner = grad.shape
-    blocks = (inner + LANES - 1) // LANES
-    for job in prange(outer * blocks):
-        n, start = job // blocks, job % blocks * LANES
-        end = min(start + LANES, inner)
-        for o in range(O):
-            for p in range(P):
-                for q in range(Q):
-                    dw, hw, ww = d_windows[o], h_windows[p], w_windows[q]
-                    count = _count(dw, hw, ww, count_padding, divisor)
-                    if count == 0:
-                        continue
-                    for d in range(dw[0], dw[1], dw[2]):
-                        for h in range(hw[0], hw[1], hw[2]):
-                            for w in range(ww[0], ww[1], ww[2]):
-                                for c in range(start, end):
-                                    dx[n, d, h, w, c] += grad[n, o, p, q, c] / count

@@ -212,21 +212,22 @@ def _finish(geometry, stored, result, is_out, out):
 
 def _as_planes(array, data_format, stored, dtype):
     """Return the array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
-    array = lift(in_format(array, data_format, stored, dtype), stored)
-    return _planes_of(array, stored)
+    array = in_format(array, data_format, stored, dtype)
+    return array.reshape(_planes(stored, array.shape))
 
 
-def _planes_of(lifted, stored):
-    if stored == "channels_last":
-        return lifted
-    N, C, *spatial = lifted.shape
-    return lifted.reshape(N * C, *spatial, 1)
+def _planes(stored, shape):
+    """Return the shape of an array, which may have no batch, as pooling kernels see it."""
+    N, C, spatial = (
+        (shape[0], shape[1], shape[2:]) if stored == "channels_first" else (shape[0], shape[-1], shape[1:-1])
+    )
+    spatial = (1,) * (3 - len(spatial)) + spatial
+    return (N * C, *spatial, 1) if stored == "channels_first" else (N, *spatial, C)
 
 
-def _fresh(stored, batch, channels, spatial, dtype):
-    """Return a fresh batched array and the same memory as pooling kernels see it."""
-    array = empty(_shape(stored, batch, channels, spatial), dtype)
-    return array, _planes_of(lift(array, stored), stored)
+def _planes_of(geometry, stored, spatial):
+    """Return the shape of a pool's input or output, as pooling kernels see it."""
+    return _planes(stored, _shape(stored, geometry.batch, geometry.channels, spatial))
 
 
 def _pool_dtype(dtype):
@@ -242,47 +243,94 @@ def _given_back(array, stored, data_format, dtype):
         return array.astype(dtype)
 
 
+def _maximum(g, stored, dtype, with_indices):
+    """Return a function of (x, y, indices or None) that pools in one memory format."""
+    x, y = (_planes_of(g, stored, size) for size in (g.input_size, g.output_size))
+    return pool.maximum(dtype, x, g.windows, y[1:4], with_indices)
+
+
 def max_pool(geometry, x, return_indices):
     """Return (maxima, int64 indices or None)."""
     g = geometry
     stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
-    y, y_planes = _fresh(stored, g.batch, g.channels, g.output_size, dtype)
-    indices = index_planes = None
-    if return_indices:
-        indices, index_planes = _fresh(stored, g.batch, g.channels, g.output_size, np.int64)
-    pool.max_forward(_as_planes(x, g.data_format, stored, dtype), g.windows, y_planes, index_planes)
+    shape = _shape(stored, g.batch, g.channels, g.output_size)
+    y, indices = empty(shape, dtype), empty(shape, np.int64) if return_indices else None
+    _maximum(g, stored, dtype, return_indices)(in_format(x, g.data_format, stored, dtype), y, indices)
     if indices is not None:
         indices = out_format(indices, stored, g.data_format)
     return _given_back(y, stored, g.data_format, x.dtype), indices
 
 
+def prepared_max_pool(geometry, dtype, return_indices):
+    """Return a function of x that is a whole call, as `calls` keeps it, or None if x is staged on the way."""
+    g = geometry
+    if _pool_dtype(dtype) != dtype:
+        return None
+    compute, make = _maximum(g, g.data_format, dtype, return_indices), allocator(g.output_shape, dtype)
+    if not return_indices:
+
+        def run_alone(x):
+            y = make()
+            compute(x, y)
+            return y
+
+        return run_alone
+    make_indices = allocator(g.output_shape, np.int64)
+
+    def run(x):
+        y, indices = make(), make_indices()
+        compute(x, y, indices)
+        return y, indices
+
+    return run
+
+
 def max_pool_backward(grad_output, indices, batch, channels, input_size, data_format):
     """Return (gradient with respect to the input, whether all indices were inside the plane or -1)."""
-    stored, dtype = stored_format(grad_output, data_format), _pool_dtype(grad_output.dtype)
-    dx, planes = _fresh(stored, batch, channels, input_size, dtype)
-    grad = _as_planes(grad_output, data_format, stored, dtype)
-    where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
-    valid = pool.scatter_add(grad, where, planes)
-    return _given_back(dx, stored, data_format, grad_output.dtype), valid
+    return _scattered(pool.scatter_add, grad_output, indices, batch, channels, input_size, data_format)
+
+
+def prepared_max_pool_backward(grad_output, indices, input_shape, data_format):
+    """Return a function of (grad_output, indices) that is a whole call, or None; it returns None for bad indices.
+
+    The arrays are those of a first call, with a batch.
+    """
+    dtype = grad_output.dtype
+    if _pool_dtype(dtype) != dtype:
+        return None
+    shape = _planes(data_format, grad_output.shape)
+    sizes = _planes(data_format, (1,) * (grad_output.ndim - len(input_shape)) + input_shape)[1:4]
+    compute, make = pool.scatter_add(dtype, shape, sizes, indices), allocator(input_shape, dtype)
+
+    def run(grad_output, indices):
+        dx = make()
+        return dx if compute(grad_output, indices, dx) else None
+
+    return run
 
 
 def max_unpool(x, indices, batch, channels, output_size, data_format):
     """Return (values at their indices and 0 elsewhere, whether all indices were inside the plane)."""
-    stored, dtype = stored_format(x, data_format), _pool_dtype(x.dtype)
-    y, planes = _fresh(stored, batch, channels, output_size, dtype)
-    values = _as_planes(x, data_format, stored, dtype)
-    where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
-    valid = pool.scatter(values, where, planes)
-    return _given_back(y, stored, data_format, x.dtype), valid
+    return _scattered(pool.scatter, x, indices, batch, channels, output_size, data_format)
+
+
+def _scattered(how, values, indices, batch, channels, spatial, data_format):
+    stored, dtype = stored_format(values, data_format), _pool_dtype(values.dtype)
+    pooled = values.shape[2:] if data_format == "channels_first" else values.shape[1:-1]
+    target = empty(_shape(stored, batch, channels, spatial), dtype)
+    shape, sizes = _planes(stored, _shape(stored, batch, channels, pooled)), _planes(stored, target.shape)[1:4]
+    where = in_format(indices, data_format, stored, np.dtype(np.int64))
+    valid = how(dtype, shape, sizes, where)(in_format(values, data_format, stored, dtype), where, target)
+    return _given_back(target, stored, data_format, values.dtype), valid
 
 
 def max_unpool_backward(grad_output, indices, batch, channels, input_size, data_format):
     """Return (gradient at each index, whether all indices were inside the plane)."""
     stored, dtype = stored_format(grad_output, data_format), _pool_dtype(grad_output.dtype)
-    dx, planes = _fresh(stored, batch, channels, input_size, dtype)
+    dx = empty(_shape(stored, batch, channels, input_size), dtype)
     grad = _as_planes(grad_output, data_format, stored, dtype)
     where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
-    valid = pool.gather(grad, where, planes)
+    valid = pool.gather(grad, where, dx.reshape(_planes(stored, dx.shape)))
     return _given_back(dx, stored, data_format, grad_output.dtype), valid
 
 
@@ -290,19 +338,63 @@ def avg_pool(geometry, x, count_include_pad, divisor):
     """Return the average of each window."""
     g = geometry
     stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
-    y, planes = _fresh(stored, g.batch, g.channels, g.output_size, dtype)
-    pool.average_forward(_as_planes(x, g.data_format, stored, dtype), g.windows, planes, count_include_pad, divisor)
+    y = empty(_shape(stored, g.batch, g.channels, g.output_size), dtype)
+    if dtype.kind == "f":
+        x_ = in_format(x, g.data_format, stored, dtype)
+        _average(g, stored, dtype, count_include_pad, divisor)(x_, y)
+    else:
+        planes = _as_planes(x, g.data_format, stored, dtype)
+        pool.average_integers(planes, g.windows, y.reshape(_planes(stored, y.shape)), count_include_pad, divisor)
     return _given_back(y, stored, g.data_format, x.dtype)
+
+
+def _average(g, stored, dtype, count_include_pad, divisor):
+    x, y = (_planes_of(g, stored, size) for size in (g.input_size, g.output_size))
+    return pool.average(dtype, x, g.windows, y[1:4], count_include_pad, divisor)
+
+
+def prepared_avg_pool(geometry, dtype, count_include_pad, divisor):
+    """Return a function of x that is a whole call, as `calls` keeps it, or None."""
+    g = geometry
+    if dtype.kind != "f" or _pool_dtype(dtype) != dtype:
+        return None
+    return _one_to_one(_average(g, g.data_format, dtype, count_include_pad, divisor), g.output_shape, dtype)
+
+
+def _one_to_one(compute, shape, dtype):
+    """Return a function that makes a result and computes it from one array."""
+    make = allocator(shape, dtype)
+
+    def run(array):
+        result = make()
+        compute(array, result)
+        return result
+
+    return run
 
 
 def avg_pool_backward(geometry, grad_output, count_include_pad, divisor):
     """Return the gradient of the average with respect to its input."""
     g = geometry
     stored, dtype = stored_format(grad_output, g.data_format), _pool_dtype(grad_output.dtype)
-    dx, planes = _fresh(stored, g.batch, g.channels, g.input_size, dtype)
-    grad = _as_planes(grad_output, g.data_format, stored, dtype)
-    pool.average_backward(g, grad, planes, count_include_pad, divisor)
+    dx = empty(_shape(stored, g.batch, g.channels, g.input_size), dtype)
+    _average_grad(g, stored, dtype, count_include_pad, divisor)(
+        in_format(grad_output, g.data_format, stored, dtype), dx
+    )
     return _given_back(dx, stored, g.data_format, grad_output.dtype)
+
+
+def _average_grad(g, stored, dtype, count_include_pad, divisor):
+    x, y = (_planes_of(g, stored, size) for size in (g.input_size, g.output_size))
+    return pool.average_grad(g, dtype, y, x[1:4], count_include_pad, divisor)
+
+
+def prepared_avg_pool_backward(geometry, dtype, count_include_pad, divisor):
+    """Return a function of grad_output that is a whole call, as `calls` keeps it, or None."""
+    g = geometry
+    if _pool_dtype(dtype) != dtype:
+        return None
+    return _one_to_one(_average_grad(g, g.data_format, dtype, count_include_pad, divisor), g.x_shape, dtype)
 
 
 def lp_pool(geometry, x, power):

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -871,40 +872,86 @@ def _element_type(number):
 
 @intrinsic(prefer_literal=True)
 def reduce_window(
-    typing_context, operation, element, lanes, step, position_bits,
+    typing_context, operation, element, lanes, step, position_bits, kernel, whole,
     source, depth_step, depths, row_step, rows, column_step, columns,
-    position, position_depth, position_row, position_column, target, where, count, divisor,
+    position, position_depth, position_row, position_column, target, where, count, packing, divisor,
 ):  # fmt: skip
     """Reduce `count` windows side by side, one in each lane, `step` elements apart; 0: channels of the same window.
 
     A tap is so many steps from `source` along depth, rows and columns, and its number as many from `position`.
     The maximum goes to `target` and, unless `position_bits` is 0, the number of its tap to int64 numbers at `where`:
-    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided.
+    the first of equal ones, of NaN the last. The sum, if wide in float64, is divided. If `whole`, lanes from `count`
+    on may be read and written too: with masks, vectors across cache lines take several times as long.
+
+    With step PACKED, `packing` says where the lanes' elements are: see `packing_of`. Unless `kernel` is 0, there are
+    so many rows and columns of taps, of one depth, and no loops.
     """
-    shape = [t.literal_value for t in (operation, element, lanes, step, position_bits)]
-    signature = types.void(operation, element, lanes, step, position_bits, *[types.int64] * 14, types.float64)
+    literals = operation, element, lanes, step, position_bits, kernel, whole
+    shape = [t.literal_value for t in literals]
+    signature = types.void(*literals, *[types.int64] * 15, types.float64)
 
     def generate(context, builder, signature, args):
-        _Window(builder, args[18], *shape).generate(*args[5:18], args[19])
+        _Window(builder, args[20], args[21], *shape).generate(*args[7:20], args[22])
         return context.get_dummy_value()
 
     return signature, generate
 
 
+# The step of windows that lie anywhere in two vectors' reach.
+PACKED = -1
+
+
+def can_pack():
+    """Whether there is an instruction that picks lanes of two vectors."""
+    return instruction_set() == "avx512"
+
+
+def packing_of(offsets, itemsize, lanes):
+    """Return (how many of the windows fit two vectors, the packing of those) for the elements they begin at.
+
+    A packing is a row of int64 numbers: bytes from the first vector to the second, the mask of each, what elements
+    of the two the lanes take, and the offsets of those. An element at no lane is not read.
+    """
+    near = offsets - offsets[0] < lanes
+    second = int(offsets[np.argmin(near)]) if not near.all() else int(offsets[0]) + lanes
+    taken = np.where(near, offsets - offsets[0], offsets - second + lanes)[:lanes]
+    fits = (taken >= 0) & (taken < 2 * lanes) & (near | (taken >= lanes))[:lanes]
+    count = len(taken) if fits.all() else int(np.argmin(fits))
+    order, places = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+    order[:count], places[:count] = taken[:count], offsets[:count] - offsets[0]
+    masks = [sum(1 << int(i) for i in set(taken[:count].tolist()) & set(range(a, a + lanes))) >> a for a in (0, lanes)]
+    return count, np.array([(second - int(offsets[0])) * itemsize, *masks, *order, *places], np.int64)
+
+
 class _Window:
     """Generates the loops of `reduce_window`."""
 
-    def __init__(self, builder, count, operation, element, lanes, step, position_bits):
+    def __init__(self, builder, count, packing, operation, element, lanes, step, position_bits, kernel, whole):
+        self.kernel, self.whole = kernel, whole
         self.builder, self.operation, self.lanes, self.step = builder, operation, lanes, step
         kind, self.is_signed = _element_type(element)
         self.vector = ir.VectorType(kind, lanes)
         self.held = ir.VectorType(ir.DoubleType(), lanes) if operation == WIDE_SUM else self.vector
         self.positions: Any = ir.VectorType(ir.IntType(position_bits), lanes) if position_bits else None
         self.mask = _lanes_below(builder, count, lanes)
+        if step == PACKED:
+            self._unpack(packing)
+            return
+        self.places = [step * i for i in range(lanes)]
         apart = ir.Constant(_I64, max(step, 1))
         # Of the lanes in use, only elements between the first and the last are read.
         spread = builder.sub(builder.mul(count, apart), builder.sub(apart, ir.Constant(_I64, 1)))
         self.wide_mask = self.mask if step <= 1 else _lanes_below(builder, spread, lanes * step)
+
+    def _unpack(self, packing):
+        """Load what `packing_of` wrote."""
+        builder, lanes, bits = self.builder, self.lanes, 8 * _nbytes(self.vector.element)
+        base, wide = builder.inttoptr(packing, _I8P), ir.VectorType(_I64, lanes)
+        self.second = _load(builder, base, 0, _I64, 8)
+        masks = [builder.trunc(_load(builder, base, 8 * i, _I64, 8), ir.IntType(lanes)) for i in (1, 2)]
+        self.masks = [builder.bitcast(mask, ir.VectorType(ir.IntType(1), lanes)) for mask in masks]
+        order, self.places = (_load(builder, base, 8 * (3 + i), wide, 8) for i in (0, lanes))
+        self.order = order if bits == 64 else builder.trunc(order, ir.VectorType(ir.IntType(bits), lanes))
 
     def generate(
         self, source, depth_step, depths, row_step, rows, column_step, columns,
@@ -917,18 +964,25 @@ class _Window:
             nothing = builder.icmp_signed("==", taps, ir.Constant(_I64, 0))
             first = builder.select(nothing, ir.Constant(self.positions, [-1] * self.lanes), self._numbers(position))
             found = cgutils.alloca_once_value(builder, first)
-        with (
-            cgutils.for_range(builder, depths) as depth,
-            cgutils.for_range(builder, rows) as row,
-            cgutils.for_range(builder, columns) as column,
-        ):
-            counts = depth.index, row.index, column.index
+
+        def take(*counts):
             value = self._load(self._along(source, counts, (depth_step, row_step, column_step)))
             if self.operation != MAXIMUM:
                 builder.store(builder.fadd(builder.load(best), self._held(value)), best)
             else:
                 here = self._along(position, counts, (position_depth, position_row, position_column))
                 self._take(value, here, best, found)
+
+        if self.kernel:
+            for tap in range(self.kernel**2):
+                take(*(ir.Constant(_I64, at) for at in (0, *divmod(tap, self.kernel))))
+        else:
+            with (
+                cgutils.for_range(builder, depths) as depth,
+                cgutils.for_range(builder, rows) as row,
+                cgutils.for_range(builder, columns) as column,
+            ):
+                take(depth.index, row.index, column.index)
         self._end(best, found, target, where, divisor)
 
     def _along(self, start, counts, steps):
@@ -950,6 +1004,12 @@ class _Window:
         return ir.Constant(held, [lowest] * self.lanes)
 
     def _load(self, place):
+        if self.step == PACKED:
+            vectors = [
+                self._masked(at, self.vector, mask)
+                for at, mask in zip((place, self.builder.add(place, self.second)), self.masks)
+            ]
+            return _picked(self.builder, *vectors, self.order)
         if self.step <= 1:
             return self._masked(place, self.vector, self.mask)
         wide = ir.VectorType(self.vector.element, self.lanes * self.step)
@@ -957,12 +1017,18 @@ class _Window:
         return _shuffle(self.builder, values, values, [self.step * i for i in range(self.lanes)])
 
     def _masked(self, place, vector, mask):
+        if self.whole:
+            return _load(self.builder, self.builder.inttoptr(place, _I8P), 0, vector, _nbytes(vector.element))
         return _masked_load(self.builder, self.builder.inttoptr(place, vector.as_pointer()), mask, vector)
 
     def _numbers(self, first):
         kind = self.positions.element
         single = first if kind.width == 64 else self.builder.trunc(first, kind)
-        offsets = ir.Constant(self.positions, [self.step * i for i in range(self.lanes)])
+        offsets = self.places
+        if self.step != PACKED:
+            offsets = ir.Constant(self.positions, offsets)
+        elif kind.width < 64:
+            offsets = self.builder.trunc(offsets, self.positions)
         return self.builder.add(_splat(self.builder, single, self.lanes), offsets)
 
     def _take(self, value, number, best, found):
@@ -983,12 +1049,36 @@ class _Window:
             by = divisor if isinstance(kind, ir.DoubleType) else builder.fptrunc(divisor, kind)
             result = builder.fdiv(result, _splat(builder, by, self.lanes))
             result = result if result.type == self.vector else builder.fptrunc(result, self.vector)
-        _masked_store(builder, result, builder.inttoptr(target, result.type.as_pointer()), self.mask)
+        results = [(result, target)]
         if found is not None:
             numbers = builder.load(found)
             if self.positions.element.width < 64:
                 numbers = builder.sext(numbers, ir.VectorType(_I64, self.lanes))
-            _masked_store(builder, numbers, builder.inttoptr(where, numbers.type.as_pointer()), self.mask)
+            results.append((numbers, where))
+        for vector, place in results:
+            if self.whole:
+                _store_unaligned(builder, vector, place)
+            else:
+                _masked_store(builder, vector, builder.inttoptr(place, vector.type.as_pointer()), self.mask)
+
+
+def _picked(builder, a, b, order):
+    """Return the lanes of two vectors that `order` names."""
+    name = "ps" if isinstance(a.type.element, ir.FloatType) else "pd"
+    signature = ir.FunctionType(a.type, [a.type, order.type, a.type])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.avx512.vpermi2var.{name}.512")
+    return builder.call(function, [a, order, b])
+
+
+@intrinsic
+def apart(typing_context):
+    """Keep the function that calls this from being inlined: a loop's registers would be those of rare cases."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic(prefer_literal=True)

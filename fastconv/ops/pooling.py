@@ -81,11 +81,8 @@ def max_poolNd(
         x.shape, kernel_size, stride, padding, dilation, ceil_mode, spatial_dims=dims, data_format=data_format
     )
 
-    def run(x: np.ndarray) -> Any:
-        return _max_pooled(library, geometry, x, return_indices)
-
-    calls.keep(key, arguments, run)
-    return run(x)
+    calls.keep(key, arguments, runner(library.device).prepared_max_pool(geometry, x.dtype, bool(return_indices)))
+    return _max_pooled(library, geometry, x, return_indices)
 
 
 def adaptive_max_poolNd(
@@ -110,12 +107,18 @@ def adaptive_max_poolNd(
     >>> fastconv.adaptive_max_pool1d(np.array([[1.0, 3.0, 2.0, 5.0, 4.0]]), 2)
     array([[3., 5.]])
     """
+    arguments = ("adaptive_max_pool", dims, output_size, return_indices, data_format)
+    key = calls.key(arguments, x)
+    prepared = calls.known.get(key)
+    if prepared is not None:
+        return prepared(x)
     library, (x,) = adopt_all(x=x)
     check_floating("x", x)
     # PyTorch takes an image without channels, but not a batch of them.
     geometry = PoolGeometry.adaptive(
         x.shape, output_size, spatial_dims=dims, data_format=data_format, allow_no_channels=x.ndim == dims + 1
     )
+    calls.keep(key, arguments, runner(library.device).prepared_max_pool(geometry, x.dtype, bool(return_indices)))
     return _max_pooled(library, geometry, x, return_indices)
 
 
@@ -153,6 +156,13 @@ def max_poolNd_backward(
     >>> fastconv.max_pool1d_backward(np.array([[1.0, 2.0]]), np.array([[1, 3]]), (1, 4))
     array([[0., 1., 0., 2.]])
     """
+    arguments = ("max_pool_backward", dims, input_shape, data_format)
+    key = calls.key(arguments, grad_output, indices)
+    prepared = calls.known.get(key)
+    if prepared is not None:
+        dx = prepared(grad_output, indices)
+        if dx is not None:
+            return dx
     library, (grad, where) = adopt_all(grad_output=grad_output, indices=indices)
     arrays.check_dtype("grad_output", grad, MAX_DTYPES)
     batched_, batch, channels, spatial = pool_grad_geometry(input_shape, grad.shape, dims, data_format)
@@ -162,6 +172,10 @@ def max_poolNd_backward(
     )
     if not valid:
         _raise_index(where, spatial, lowest=-1)
+    if key is not None:
+        shape = (*input_shape,)
+        prepare = runner(library.device).prepared_max_pool_backward
+        calls.keep(key, arguments, prepare(batched(grad, batched_), batched(where, batched_), shape, data_format))
     return library.give_back(as_given(dx, batched_))
 
 
@@ -322,12 +336,9 @@ def avg_poolNd(
     )  # fmt: skip
     counted, divisor = flag("count_include_pad", count_include_pad), _divisor(divisor_override)
 
-    def run(x: np.ndarray) -> Any:
-        y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), counted, divisor)
-        return library.give_back(as_given(y, geometry.batched))
-
-    calls.keep(key, arguments, run)
-    return run(x)
+    calls.keep(key, arguments, runner(library.device).prepared_avg_pool(geometry, x.dtype, counted, divisor))
+    y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), counted, divisor)
+    return library.give_back(as_given(y, geometry.batched))
 
 
 def avg_poolNd_backward(
@@ -363,6 +374,14 @@ def avg_poolNd_backward(
     >>> fastconv.avg_pool1d_backward(np.array([[2.0, 4.0]]), (1, 4), 2)
     array([[1., 1., 2., 2.]])
     """
+    arguments = (
+        "avg_pool_backward", dims, input_shape, kernel_size, stride, padding, ceil_mode, count_include_pad,
+        divisor_override, dilation, data_format,
+    )  # fmt: skip
+    key = calls.key(arguments, grad_output)
+    prepared = calls.known.get(key)
+    if prepared is not None:
+        return prepared(grad_output)
     library, (grad,) = adopt_all(grad_output=grad_output)
     check_floating("grad_output", grad)
     geometry = PoolGeometry.create(
@@ -370,7 +389,7 @@ def avg_poolNd_backward(
         spatial_dims=dims, data_format=data_format, name="input_shape", average=True,
     )  # fmt: skip
     counted, divisor = flag("count_include_pad", count_include_pad), _divisor(divisor_override)
-    return _average_grad(library, geometry, grad, counted, divisor)
+    return _average_grad(library, geometry, grad, counted, divisor, key, arguments)
 
 
 def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str = "channels_first") -> Any:
@@ -392,6 +411,11 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     >>> fastconv.adaptive_avg_pool1d(np.array([[1.0, 3.0, 2.0]]), 2)
     array([[2. , 2.5]])
     """
+    arguments = ("adaptive_avg_pool", dims, output_size, data_format)
+    key = calls.key(arguments, x)
+    prepared = calls.known.get(key)
+    if prepared is not None:
+        return prepared(x)
     library, (x,) = adopt_all(x=x)
     check_floating("x", x)
     # PyTorch takes no channels in 1-D and 2-D, and in 3-D only without a batch or down to one element.
@@ -399,6 +423,7 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
         x.shape, output_size, spatial_dims=dims, data_format=data_format,
         allow_no_channels=dims < 3 or x.ndim == dims + 1 or output_size in (1, (1, 1, 1), [1, 1, 1]),
     )  # fmt: skip
+    calls.keep(key, arguments, runner(library.device).prepared_avg_pool(geometry, x.dtype, False, 0))
     y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), False, 0)
     return library.give_back(as_given(y, geometry.batched))
 
@@ -425,6 +450,11 @@ def adaptive_avg_poolNd_backward(
     >>> fastconv.adaptive_avg_pool1d_backward(np.array([[2.0, 4.0]]), (1, 3))
     array([[1., 3., 2.]])
     """
+    arguments = ("adaptive_avg_pool_backward", dims, input_shape, data_format)
+    key = calls.key(arguments, grad_output)
+    prepared = calls.known.get(key)
+    if prepared is not None:
+        return prepared(grad_output)
     library, (grad,) = adopt_all(grad_output=grad_output)
     check_floating("grad_output", grad)
     _, _, _, spatial = pool_grad_geometry(grad.shape, grad.shape, dims, data_format, names=("grad_output",) * 2)
@@ -432,7 +462,7 @@ def adaptive_avg_poolNd_backward(
     geometry = PoolGeometry.adaptive(
         input_shape, spatial, spatial_dims=dims, data_format=data_format, name="input_shape", allow_no_channels=True
     )
-    return _average_grad(library, geometry, grad, False, 0)
+    return _average_grad(library, geometry, grad, False, 0, key, arguments)
 
 
 def lp_poolNd(
@@ -550,10 +580,18 @@ adaptive_max_pool1d_backward, adaptive_max_pool2d_backward, adaptive_max_pool3d_
 
 
 def _average_grad(
-    library: arrays.Library, geometry: PoolGeometry, grad: np.ndarray, counted: bool, divisor: int
+    library: arrays.Library,
+    geometry: PoolGeometry,
+    grad: np.ndarray,
+    counted: bool,
+    divisor: int,
+    key: Any,
+    arguments: tuple[Any, ...],
 ) -> Any:
     _check_grad_shape(grad, geometry)
-    dx = runner(library.device).avg_pool_backward(geometry, batched(grad, geometry.batched), counted, divisor)
+    run = runner(library.device)
+    calls.keep(key, arguments, run.prepared_avg_pool_backward(geometry, grad.dtype, counted, divisor))
+    dx = run.avg_pool_backward(geometry, batched(grad, geometry.batched), counted, divisor)
     return library.give_back(as_given(dx, geometry.batched))
 
 
