@@ -19,7 +19,7 @@ plane and each product: results near 1e-36 lose precision and those below 1e-38 
 """
 
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from ..registry import Buffer
 from . import implicit_gemm, threads, units
+from .bfloat16_grads import JOBS_PER_SUM, grad_plan, grad_tasks
 from .bfloat16_tasks import tasks
 from .epilogue import CODES
 from .implicit_gemm import Phase
@@ -34,24 +35,14 @@ from .machine import constants
 from .memory import address, extent_of, layout_of
 from .simd import AMX, COLUMNS, DEPTH, EMULATED, PLANES, VECTORS, tile_configuration
 from .strips import pack_table
+from .tiles import ALIAS_BYTES, LINE, PANEL_BYTES, SPLIT_CYCLES, TILE_ROWS, VECTOR_ROWS, span, tile_cycles
 
 # Steps of DEPTH products per running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 160
 # Bytes of planes that one job keeps in the second-level cache.
 STRIP_BYTES = {AMX: 800 * 1024, EMULATED: 800 * 1024, VECTORS: 400 * 1024}
-# Jobs a thread has at least, where the output is large enough: the last one to end is waited for.
-JOBS = 4
-# Pixels that lie so many bytes apart share sets of the first-level cache.
-ALIAS_BYTES = 1024
-LINE = 64
-# Rows of a register tile of vectors: whole, and for short rows of pixels.
-VECTOR_ROWS = 14, 8
-# Rows of a tile, and tiles that are computed side by side.
-TILE_ROWS = 16
-# Cycles to split 32 numbers, per product; to put windows side by side as well.
-SPLIT_CYCLES, WINDOW_CYCLES = {1: 16, 3: 24, 6: 36}, 20
-# Bytes of a panel that a cycle brings from a farther cache.
-PANEL_BYTES = 16
+# Cycles to put the numbers of a window side by side, for 32 of them.
+WINDOW_CYCLES = 20
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
 
@@ -131,7 +122,7 @@ class Bfloat16:
         cycles = 0.0
         for plan in plans:
             pixels = g.batch * g.groups * prod(plan.phase.size)
-            cycles += pixels * columns * plan.steps * _tile_cycles(unit, self.products, plan.held) / plan.held
+            cycles += pixels * columns * plan.steps * tile_cycles(unit, self.products, plan.held) / plan.held
             cycles += pixels * plan.steps / len(plan.phase.taps[1]) * SPLIT_CYCLES[self.products]
         rate = {AMX: 2.2e9, VECTORS: 3.3e9, EMULATED: 2e7}[unit]
         return 4 * constants().launch + cycles / (rate * threads_) + 1.5 * g.bytes / constants().bandwidth
@@ -143,6 +134,8 @@ class Bfloat16:
         """Per thread a strip of planes and a block of results; the packed weight; what float32 arithmetic needs."""
         unit, _ = units.unit(self.products)
         count, exact = _count(g), implicit_gemm.workspace(g, direction, limit)
+        if direction == "weight_grad":
+            return {**self._grad_workspace(g, unit, count), **{f"exact {name}": b for name, b in exact.items()}}
         plans = [plan for _, plan in self._plans(g, direction, unit, count) if plan]
         buffers = {f"exact {name}": buffer for name, buffer in exact.items()}
         if not plans or g.batch == 0:
@@ -166,6 +159,55 @@ class Bfloat16:
         """Write the gradient with respect to the input to `out`."""
         if self._gather(g, "input_grad", grad_output, weight, None, None, out, workspace):
             implicit_gemm.input_grad(g, grad_output, weight, out, _exact(workspace))
+
+    def _grad_plan(self, g, unit, count):
+        """Return the phase as it is, and the plan for it without the pixels that are skipped."""
+        ((phase, _),) = self._plans(g, "weight_grad", unit, count)
+        C, K = _channels(g, "weight_grad")
+        return phase, grad_plan(_without(phase), g.batch, C, -(-K // COLUMNS), unit, self.products, count)
+
+    def _grad_workspace(self, g, unit, count):
+        _, plan = self._grad_plan(g, unit, count)
+        sums = g.groups * -(-g.out_channels // g.groups // COLUMNS) * plan.sums
+        long = plan.jobs(g.batch) > JOBS_PER_SUM * count
+        own = {
+            "planes": plan.strip_bytes,
+            "floats": plan.stage_bytes,
+            "panels": len(plan.offsets) * 2048 * PLANES[self.products],
+            "partial": 4 * sums,
+            "sums": 8 * sums if long else 0,
+            "flags": 8,
+        }
+        return {name: Buffer((count, size), np.dtype(np.uint8)) for name, size in own.items()}
+
+    def weight_grad(self, g, grad_output, x, out, workspace):
+        """Write the gradient with respect to the weight to `out`."""
+        unit, _ = units.unit(self.products)
+        (C, K), count = _channels(g, "weight_grad"), _count(g)
+        phase, plan = self._grad_plan(g, unit, count)
+        run = grad_tasks(unit, self.products, _literal_rows(unit, plan.held))
+        layout, extent = _thinned(phase, x, g.data_format)
+        flags = workspace["flags"].reshape(-1).view(np.float64)
+        flags[...] = 0
+        configuration = np.frombuffer(tile_configuration(TILE_ROWS), np.uint8)
+        buffers = [workspace[name] for name in ("planes", "floats", "panels", "partial", "sums")]
+        run.reduce(
+            count, *layout, *layout_of(grad_output, g.data_format), *extent, g.batch, g.groups, C, K, *phase.size,
+            *plan.phase.in_step, phase.taps[1][0][1], phase.taps[2][0][1], plan.gathered, plan.images, plan.rows,
+            plan.width, plan.lines, plan.tiles, plan.row_bytes, plan.pixels * 2, len(plan.offsets),
+            address(plan.offsets), address(plan.shifts), len(plan.shifts), address(plan.taps), len(plan.taps),
+            address(plan.depths), len(plan.depths), plan.channel_floats, plan.columns,
+            *(number for buffer in buffers for number in (address(buffer), buffer.shape[1])), address(flags),
+            address(configuration),
+        )  # fmt: skip
+        tap_rows = C if plan.gathered else plan.tiles * plan.held
+        run.unpack(
+            count, address(out), g.groups, C, K, prod(g.kernel_size), tap_rows * 4 * COLUMNS, plan.sums * 4, count,
+            *(number for buffer in buffers[3:] for number in (address(buffer), buffer.shape[1])),
+        )  # fmt: skip
+        # Gradients that are zero meet pixels that are not theirs: those that are not finite must not count.
+        if flags.any():
+            implicit_gemm.weight_grad(g, grad_output, x, out, _exact(workspace))
 
     def _gather(self, g, direction, source, weight, bias, activation, out, workspace):
         """Compute the result; return whether it has to be computed in float32."""
@@ -191,9 +233,9 @@ class Bfloat16:
             )  # fmt: skip
             layout, extent = _thinned(phase, source, g.data_format)
             run.gather(
-                count, *layout, *layout_of(out, g.data_format), *extent, g.batch, g.groups, C, K, *phase.first, *phase.size,
-                *phase.out_step, *plan.phase.in_step, phase.taps[1][0][1], phase.taps[2][0][1],
-                plan.images, plan.rows, *plan.strip, plan.dense, plan.flat, plan.held, plan.floats,
+                count, *layout, *layout_of(out, g.data_format), *extent, g.batch, g.groups, C, K,
+                *phase.first, *phase.size, *phase.out_step, *plan.phase.in_step,
+                phase.taps[1][0][1], phase.taps[2][0][1], plan.images, plan.rows, *plan.strip, plan.dense, plan.flat, plan.held, plan.floats,
                 address(plan.depths), len(plan.depths), address(plan.runs), len(plan.runs), address(plan.offsets),
                 address(plan.chains), len(plan.chains), plan.steps, CODES[activation],
                 packed, 0 if bias is None else address(bias), address(planes), planes.strides[0],
@@ -256,17 +298,18 @@ def _plans(g, direction, unit, products, count):
 
 def _plan(g, direction, unit, products, count, phase):
     C, K = _channels(g, direction)
-    phase = phase._replace(in_step=tuple(s // skipped for s, skipped in zip(phase.in_step, _skipped(phase))))
+    phase = _without(phase)
     taps, planes = prod(map(len, phase.taps)), PLANES[products]
     choices = []
-    for gathered in (False, True):
-        for flat in (False, True):
-            depth = taps * C if gathered else C
-            if gathered and (flat or taps == 1) or flat and phase.in_step[1] != phase.in_step[2]:
-                continue
-            shape = _shape(phase, gathered, -(-depth // DEPTH) * DEPTH * 2 * planes)
-            steps = -(-depth // DEPTH) * (1 if gathered else taps)
-            choices.append(_cut(g, phase, shape, flat, steps, -(-K // COLUMNS), unit, products, count))
+    kinds = [(False, False)]
+    if phase.in_step[1] == phase.in_step[2]:
+        kinds.append((False, True))
+    if taps > 1:
+        kinds.append((True, False))
+    for gathered, flat in kinds:
+        blocks = -(-(taps * C if gathered else C) // DEPTH)
+        shape, steps = _shape(phase, gathered, blocks * LINE * planes), blocks * (1 if gathered else taps)
+        choices.append(_cut(g, phase, shape, flat, steps, -(-K // COLUMNS), unit, products, count))
     _, strip, flat, dense, images, rows, held = min(choices, key=lambda choice: choice[0])
     offsets = _offsets(phase, strip, C, planes)
     order = [np.ravel_multi_index(tap, g.kernel_size) for tap in product(*([t for t, _ in d] for d in phase.taps))]
@@ -282,7 +325,7 @@ def _plan(g, direction, unit, products, count, phase):
         depths=np.array([delta for _, delta in phase.taps[0]], np.int64),
         runs=np.array(_runs(phase, rows, C) if strip.gathered else np.empty((0, 2)), np.int64),
         offsets=offsets,
-        chains=np.array([(a, b - a) for a, b in zip(edges, edges[1:])], np.int64),
+        chains=np.array([(a, b - a) for a, b in pairwise(edges)], np.int64),
         channels=channels,
         stage_rows=-(-taps * channels // DEPTH) * DEPTH,
         table=pack_table(channels, prod(g.kernel_size), order, COLUMNS, 4, direction == "input_grad"),
@@ -290,21 +333,22 @@ def _plan(g, direction, unit, products, count, phase):
     )  # fmt: skip
 
 
-def _span(taps):
-    return taps[-1][1] - taps[0][1] + 1
-
-
 def _strip_rows(phase, rows):
-    return (rows - 1) * phase.in_step[1] + _span(phase.taps[1])
+    return (rows - 1) * phase.in_step[1] + span(phase.taps[1])
 
 
 def _width(phase):
-    return (phase.size[2] - 1) * phase.in_step[2] + _span(phase.taps[2])
+    return (phase.size[2] - 1) * phase.in_step[2] + span(phase.taps[2])
 
 
 def _skipped(phase):
     """Return, along each dimension, how many pixels a stride takes at a time where no tap meets those between."""
     return [s if len(taps) == 1 and taps[0][1] == 0 else 1 for s, taps in zip(phase.in_step, phase.taps)]
+
+
+def _without(phase):
+    """Return the phase over the source without the pixels that are skipped."""
+    return phase._replace(in_step=tuple(s // skipped for s, skipped in zip(phase.in_step, _skipped(phase))))
 
 
 def _thinned(phase, source, data_format):
@@ -345,7 +389,7 @@ def _cut(g, phase, strip, flat, steps, panels, unit, products, count):
         held = _best_rows(unit, products, pixels)
         tiles = lines * -(-pixels // held)
         tiles += tiles % 2 if unit != VECTORS else 0
-        work = tiles * (steps * _tile_cycles(unit, products, held) + 60) * panels
+        work = tiles * (steps * tile_cycles(unit, products, held) + 60) * panels
         work += max(steps * panels * 2048 * PLANES[products] / PANEL_BYTES, 0) / 2
         work += images * cut.image_bytes / (64 * PLANES[products]) * (
             SPLIT_CYCLES[products] + WINDOW_CYCLES * strip.gathered
@@ -360,14 +404,7 @@ def _cut(g, phase, strip, flat, steps, panels, unit, products, count):
 def _best_rows(unit, products, pixels):
     """Return the rows of a tile that waste least on a row of pixels."""
     choices = VECTOR_ROWS if unit == VECTORS else range(1, min(TILE_ROWS, max(pixels, 1)) + 1)
-    return min(choices, key=lambda held: -(-pixels // held) * _tile_cycles(unit, products, held))
-
-
-def _tile_cycles(unit, products, held):
-    """Cycles of one step of a tile and two tiles B; measured for AMX: a tile of 14 rows takes 0.95 of one of 16."""
-    if unit == VECTORS:
-        return products * DEPTH * held
-    return products * DEPTH * (0.7 + 0.3 * held / TILE_ROWS)
+    return min(choices, key=lambda held: -(-pixels // held) * tile_cycles(unit, products, held))
 
 
 def _offsets(phase, strip, C, planes):
@@ -388,7 +425,7 @@ def _runs(phase, rows, C):
     """Return (byte offset, length) of each run of numbers in float32 that a window is put together from."""
     taps, width = phase.taps, _width(phase)
     columns = [delta - taps[2][0][1] for _, delta in taps[2]]
-    joined = _span(taps[2]) == len(columns)
+    joined = span(taps[2]) == len(columns)
     runs = []
     for plane in range(len(taps[0])):
         for _, delta in taps[1]:

@@ -1,6 +1,6 @@
 """The loops of split precision around `multiply_planes`, see `bfloat16.py`.
 
-    strip    (images, depths, rows, width, blocks of 32 channels, planes, 32) bfloat16, `pixel` bytes from pixel to pixel
+    strip    (images, depths, rows, width, blocks of 32 channels, planes, 32) bfloat16
     panels   (G, panels, blocks of 32 products, planes, 2 tiles B) bfloat16
     block    (pixels, COLUMNS) float32
 
@@ -90,7 +90,7 @@ def tasks(unit, products, rows):
     def gather(arguments, chunk):
         """Forward, or one phase of the input gradient."""
         chunks, target = integer(arguments, 0), integers(arguments, 7, 6)
-        (N, G, C, K), (O, P, Q) = integers(arguments, 16, 4), integers(arguments, 23, 3)
+        (N, G, _, K), (O, P, Q) = integers(arguments, 16, 4), integers(arguments, 23, 3)
         first, out_step, (images, rows) = (
             integers(arguments, 20, 3),
             integers(arguments, 26, 3),

@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
-    """Return the names of the instruction sets that Numba compiles for, as LLVM spells them: the host's, unless told."""
+    """Return the instruction sets that Numba compiles for, as LLVM spells them: the host's, or those asked for."""
     told = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if told is not None:
         return frozenset(name[1:] for name in told.split(",") if name.startswith("+"))
