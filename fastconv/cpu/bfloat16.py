@@ -235,7 +235,8 @@ class Bfloat16:
             run.gather(
                 count, *layout, *layout_of(out, g.data_format), *extent, g.batch, g.groups, C, K,
                 *phase.first, *phase.size, *phase.out_step, *plan.phase.in_step,
-                phase.taps[1][0][1], phase.taps[2][0][1], plan.images, plan.rows, *plan.strip, plan.dense, plan.flat, plan.held, plan.floats,
+                phase.taps[1][0][1], phase.taps[2][0][1], plan.images, plan.rows, *plan.strip,
+                plan.dense, plan.flat, plan.held, plan.floats,
                 address(plan.depths), len(plan.depths), address(plan.runs), len(plan.runs), address(plan.offsets),
                 address(plan.chains), len(plan.chains), plan.steps, CODES[activation],
                 packed, 0 if bias is None else address(bias), address(planes), planes.strides[0],
