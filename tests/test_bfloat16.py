@@ -84,7 +84,7 @@ def operations(products):
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 75])
 def test_numbers_are_split_into_planes_that_add_up(products, count):
     NP = PLANES[products]
-    x = normal("split", shape=(count,), dtype="float32") * np.float32(10) ** rng("split").integers(-6, 7, count)
+    x = (normal("split", shape=(count,)) * 10.0 ** rng("split").integers(-6, 7, count)).astype("float32")
     target, found = np.full((-(-count // 32), NP, 32), 7, BFLOAT16), np.ones(1)
     operations(products)[0](1, address(x), count, address(target), address(found))
     expected = [np.pad(plane, (0, -count % 32)).reshape(-1, 32) for plane in planes_of(x, NP)]

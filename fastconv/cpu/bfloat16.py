@@ -29,8 +29,8 @@ from ..registry import Buffer
 from . import implicit_gemm, threads, units
 from .bfloat16_grads import JOBS_PER_SUM, grad_plan, grad_tasks
 from .bfloat16_tasks import tasks
+from .blocking import Phase, plain_phases
 from .epilogue import CODES
-from .implicit_gemm import Phase
 from .machine import constants
 from .memory import address, extent_of, layout_of
 from .simd import AMX, COLUMNS, DEPTH, EMULATED, PLANES, VECTORS, tile_configuration
@@ -43,6 +43,8 @@ CHAIN = 160
 STRIP_BYTES = {AMX: 800 * 1024, EMULATED: 800 * 1024, VECTORS: 400 * 1024}
 # Cycles to put the numbers of a window side by side, for 32 of them.
 WINDOW_CYCLES = 20
+# Cycles per second.
+RATES: dict[int | None, float] = {AMX: 2.2e9, VECTORS: 3.3e9, EMULATED: 2e7}
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
 
@@ -124,8 +126,7 @@ class Bfloat16:
             pixels = g.batch * g.groups * prod(plan.phase.size)
             cycles += pixels * columns * plan.steps * tile_cycles(unit, self.products, plan.held) / plan.held
             cycles += pixels * plan.steps / len(plan.phase.taps[1]) * SPLIT_CYCLES[self.products]
-        rate = {AMX: 2.2e9, VECTORS: 3.3e9, EMULATED: 2e7}[unit]
-        return 4 * constants().launch + cycles / (rate * threads_) + 1.5 * g.bytes / constants().bandwidth
+        return 4 * constants().launch + cycles / (RATES[unit] * threads_) + 1.5 * g.bytes / constants().bandwidth
 
     def _plans(self, g, direction, unit, count):
         return _plans(g, direction, unit, self.products, count)
@@ -292,7 +293,7 @@ def _packed_bytes(plan, g, K, products):
 def _plans(g, direction, unit, products, count):
     """Plans of all phases; None for a phase that no tap meets, which is zero."""
     found = []
-    for phase in implicit_gemm._phases(g, direction):
+    for phase in plain_phases(g, direction):
         found.append((phase, _plan(g, direction, unit, products, count, phase) if all(phase.taps) else None))
     return tuple(found)
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .blocking import Phase
 from .compile import Task, device, share, task
-from .implicit_gemm import Phase
 from .simd import (
     AMX,
     COLUMNS,
@@ -109,16 +109,15 @@ def grad_plan(phase, batch, C, panels, unit, products, count):
     P = phase.size[1]
     choices = [(1, -(-P // parts)) for parts in range(1, min(P, 64) + 1)] + [(1, 1)]
     choices += [(images, P) for images in range(2, min(batch, MOST_PIXELS // prod(phase.size[1:])) + 1)]
-    best = None
+    found = []
     for gathered in (False, True) if prod(map(len, phase.taps)) > 1 else (False,):
         for images, rows in choices:
             plan = _plan(phase, gathered, images, rows, C, unit, products)
             bytes_used = plan.strip_bytes + len(plan.offsets) * 2048 * PLANES[products]
             beyond = max(bytes_used - STRIP_BYTES[unit], 0)
             cycles = -(-plan.jobs(batch) // count) * _job_cycles(plan, C, panels, unit, products)
-            if best is None or (beyond, cycles) < best[:2]:
-                best = beyond, cycles, plan
-    return best[2]
+            found.append((beyond, cycles, plan))
+    return min(found, key=lambda choice: choice[:2])[2]
 
 
 def _job_cycles(plan, C, panels, unit, products):

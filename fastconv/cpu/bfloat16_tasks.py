@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .compile import Task, device, share, task
+from .epilogue import activate
 from .simd import (
     COLUMNS,
     DEPTH,
@@ -23,6 +24,7 @@ from .simd import (
     integer,
     integers,
     interleave,
+    load,
     multiply_planes,
     release_tiles,
     split,
@@ -62,7 +64,7 @@ def tasks(unit, products, rows):
     TILES = 1 if unit == VECTORS else 2
     SIZE, BLOCK, PIXEL, PANEL = 4, 64 * NP, 4 * COLUMNS, 2048 * NP
     move = strips(Tile(ROWS, 2, COLUMNS // 2), SIZE)
-    _fill, _copy_pixels, _finish, _emit, _pack = move.fill, move.copy_pixels, move.finish, move.emit, move.pack
+    _fill, _copy_pixels, _emit, _pack = move.fill, move.copy_pixels, move.emit, move.pack
 
     @task
     def pack(arguments, chunk):
@@ -135,6 +137,16 @@ def tasks(unit, products, rows):
             store(8, flags + chunk * 8, 1.0)
 
     @device
+    def _finish(block, bias, used, pixels, code):
+        """Add the bias (0: none) and apply the activation to a block (pixels, COLUMNS), in place."""
+        for pixel in range(block, block + pixels * PIXEL, PIXEL):
+            for k in range(used):
+                value = load(SIZE, pixel + k * SIZE)
+                if bias:
+                    value += load(SIZE, bias + k * SIZE)
+                store(SIZE, pixel + k * SIZE, activate(value, code))
+
+    @device
     def _fill_strip(arguments, chunk, i0, held, g, o, p0):
         """Split what a job reads; return whether something is not finite."""
         source, extent, C = integers(arguments, 1, 6), integers(arguments, 13, 3), integer(arguments, 18)
@@ -183,7 +195,7 @@ def tasks(unit, products, rows):
             some = min(SOME, count - start)
             at, row = source + start * step, step
             if channel != SIZE and C > 1:
-                _copy_pixels(stage, at, some, C, channel, step)
+                _copy_pixels(stage, C * SIZE, at, some, C, channel, step)
                 at, row = stage, C * SIZE
             if row == C * SIZE and pixel * DEPTH == C * BLOCK:
                 found |= split(NP, at, some * C, target + start * pixel, 64, BLOCK)
@@ -200,7 +212,7 @@ def tasks(unit, products, rows):
         pixel, depths, runs = integer(arguments, 40), integers(arguments, 45, 2), integers(arguments, 47, 2)
         strip_rows, width, length = integers(arguments, 64, 3)
         stage, found = floats + integer(arguments, 44) * SIZE, 0
-        _fill(floats, source, layout, extent, C, depths, corner, strip_rows, width)
+        _fill(floats, C * SIZE, source, layout, extent, C, depths, corner, strip_rows, width)
         for p in range(rows):
             for q in range(Q):
                 window, at = floats + (p * in_step[1] * width + q * in_step[2]) * C * SIZE, stage

@@ -1459,7 +1459,7 @@ def _generate_tiles(builder, tiles, products, args):
         b_now = _at(builder, b, builder.mul(loop.index, _number(panel)))
         # The next step's tiles B, a part of them before each product.
         ahead, share = iter(range(panel, 2 * panel, 64)), -(-(panel // 64) // (4 * products))
-        before = None, None
+        before: tuple[int | None, int | None] = None, None
         for planes in _PRODUCTS[products]:
             for i in range(2):
                 if planes[0] != before[0]:
@@ -1469,7 +1469,7 @@ def _generate_tiles(builder, tiles, products, args):
             for tile in range(4):
                 tiles.multiply(tile, 4 + tile // 2, 6 + tile % 2)
                 for line in islice(ahead, share):
-                    _fetch(builder, _at(builder, b_now, line))
+                    _fetch(builder, _at(builder, b_now, line), level=3)
             before = planes
     adds = builder.icmp_signed("!=", add, _number(0))
     with builder.if_else(adds) as (then, otherwise):
@@ -1491,17 +1491,11 @@ def _generate_tiles(builder, tiles, products, args):
                         builder, (out0, out1)[tile // 2], builder.mul(loop.index, out_row), tile % 2 * _ROW_BYTES
                     )
                     place = builder.bitcast(place, _FLOATS.as_pointer())
-                    before = builder.load(place)
-                    before.align = 4
-                    builder.store(builder.fadd(before, more), place).align = 4
+                    there = _aligned(builder.load(place), 4)
+                    _aligned(builder.store(builder.fadd(there, more), place), 4)
         with otherwise:
             for tile in range(4):
                 tiles.store(tile, _at(builder, (out0, out1)[tile // 2], tile % 2 * _ROW_BYTES), out_row)
-
-
-def _fetch(builder, place):
-    arguments = place, *(ir.Constant(_I32, v) for v in (0, 3, 1))
-    _call(builder, "llvm.prefetch.p0", *arguments)
 
 
 class _Tiles:
@@ -1627,7 +1621,7 @@ def _generate_pairs(builder, products, rows, args):
                 start = 2 * b_number * _TILE_BYTES
                 weights = [_load(builder, b_pair, start + j * _TILE_BYTES, pairs, 2) for j in range(2)]
                 for j in range(2):
-                    _fetch(builder, _at(builder, b_pair, start + j * _TILE_BYTES + PREFETCH))
+                    _fetch(builder, _at(builder, b_pair, start + j * _TILE_BYTES + PREFETCH), level=3)
                 for i in range(rows):
                     value = builder.load(builder.bitcast(place, _I32.as_pointer()))
                     value.align = 2
@@ -1636,8 +1630,4 @@ def _generate_pairs(builder, products, rows, args):
                         builder.store(builder.call(dot, [builder.load(total), weight, value]), total)
                     place = _at(builder, place, a_row)
     values = [builder.load(total) for total in sums]
-    with builder.if_else(builder.icmp_signed("!=", add, _number(0))) as (then, otherwise):
-        with then:
-            _store_tile(builder, tile, values, out0, out_row, _FLOATS, 4, add=True)
-        with otherwise:
-            _store_tile(builder, tile, values, out0, out_row, _FLOATS, 4, add=False)
+    _store_tile(builder, tile, 4, values, out0, _multiples(builder, out_row, rows), add)
