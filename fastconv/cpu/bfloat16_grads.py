@@ -237,7 +237,7 @@ def grad_tasks(unit, products, rows):
                 out = partial + (tap * tiles + tile) * ROWS * PIXEL
                 multiply_planes(
                     UNIT, PRODUCTS, ROWS, a, a + ROWS * row_bytes, row_bytes, plane_bytes, offsets, steps, panel,
-                    out, out + ROWS * PIXEL, PIXEL, ROWS, 1,
+                    out, out + ROWS * PIXEL, PIXEL, ROWS, 1, 0, 0,
                 )  # fmt: skip
 
     @device

@@ -235,7 +235,9 @@ def tasks(unit, products, rows):
         strip, block = strip + chunk * strip_bytes, block + chunk * block_bytes
         image_bytes, row, a_row = planes * rows * width * pixel, row_step * width * pixel, column_step * pixel
         images, lines, pixels = counts
-        last, spare = max(pixels - held, 0), block + block_bytes - 16 * PIXEL
+        # Registers hold more rows than a short line: what is beyond it is the next line's.
+        last, rows_held = max(pixels - held, 0), min(held, pixels) if UNIT == VECTORS else held
+        spare = block + block_bytes - 16 * PIXEL
         total = images * lines * ((pixels + held - 1) // held)
         for chain in range(number):
             start, length = integers(chains + chain * 16, 0, 2)
@@ -243,16 +245,19 @@ def tasks(unit, products, rows):
             i, p, q = 0, 0, 0
             for tile in range(0, total, TILES):
                 at = min(q, last)
+                # The first chain writes what later ones add to.
+                done0 = q - at if chain else 0
                 a0, out0 = strip + i * image_bytes + p * row + at * a_row, i * image_pixels + p * pitch + at
                 i, p, q = _next(i, p, q + held, pixels, lines)
                 at = min(q, last)
+                done1 = q - at if chain else 0
                 a1, out1 = strip + i * image_bytes + p * row + at * a_row, i * image_pixels + p * pitch + at
                 alone = tile + 1 == total
                 if TILES == 2 and not alone:
                     i, p, q = _next(i, p, q + held, pixels, lines)
                 multiply_planes(
                     UNIT, PRODUCTS, ROWS, a0, a0 if alone else a1, a_row, 64, table, length, b, block + out0 * PIXEL,
-                    spare if alone else block + out1 * PIXEL, PIXEL, held, chain,
+                    spare if alone else block + out1 * PIXEL, PIXEL, rows_held, chain, done0, done1,
                 )  # fmt: skip
 
     @device

@@ -1423,17 +1423,19 @@ def _call(builder, name, *args):
 
 @intrinsic(prefer_literal=True)
 def multiply_planes(
-    typing_context, unit, products, rows, a0, a1, a_row, a_plane, offsets, steps, b, out0, out1, out_row, held, add
-):
+    typing_context, unit, products, rows, a0, a1, a_row, a_plane, offsets, steps, b, out0, out1, out_row, held, add,
+    done0, done1,
+):  # fmt: skip
     """Multiply two tiles of rows, at `a0` and `a1`, with COLUMNS columns: one float32 result for each.
 
         out[i, :] (+)= sum over steps, products of planes  a[offsets[step] + i*a_row, 0:DEPTH] * b[step]
 
-    `rows` is how many a tile has in VECTORS, which compute the first tile alone; the others' have `held`, which is
-    what their configuration says. `b` holds, for each step and plane, two tiles B.
+    `rows` is how many a tile has in VECTORS, which compute the first tile alone, those from `held` on as zeros; the
+    others' tiles have `held`, which is what their configuration says. `b` holds, for each step and plane, two tiles B.
+    Rows before `done0` and `done1` have been added to by the tile before, with which these overlap.
     """
     shape = [t.literal_value for t in (unit, products, rows)]
-    signature = types.void(unit, products, rows, *[types.int64] * 12)
+    signature = types.void(unit, products, rows, *[types.int64] * 14)
 
     def generate(context, builder, signature, args):
         if shape[0] == VECTORS:
@@ -1449,7 +1451,7 @@ def multiply_planes(
 
 def _generate_tiles(builder, tiles, products, args):
     """Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B."""
-    a0, a1, a_row, a_plane, offsets, steps, b, out0, out1, out_row, held, add = args
+    a0, a1, a_row, a_plane, offsets, steps, b, out0, out1, out_row, held, add, *done = args
     table, panel = builder.inttoptr(offsets, _I64.as_pointer()), PLANES[products] * 2 * _TILE_BYTES
     for tile in range(4):
         tiles.zero(tile)
@@ -1478,18 +1480,11 @@ def _generate_tiles(builder, tiles, products, args):
             sums = builder.bitcast(room, _I8P)
             for tile in range(4):
                 tiles.store(tile, _at(builder, sums, tile * _TILE_BYTES), _number(_ROW_BYTES))
-            with cgutils.for_range(builder, held) as loop:
-                for tile in range(4):
-                    more = _load(
-                        builder,
-                        _at(builder, sums, builder.mul(loop.index, _number(_ROW_BYTES))),
-                        tile * _TILE_BYTES,
-                        _FLOATS,
-                        4,
-                    )
-                    place = _at(
-                        builder, (out0, out1)[tile // 2], builder.mul(loop.index, out_row), tile % 2 * _ROW_BYTES
-                    )
+            for tile in range(4):
+                with cgutils.for_range_slice(builder, done[tile // 2], held, _number(1)) as (row, _):
+                    place = _at(builder, sums, builder.mul(row, _number(_ROW_BYTES)))
+                    more = _load(builder, place, tile * _TILE_BYTES, _FLOATS, 4)
+                    place = _at(builder, (out0, out1)[tile // 2], builder.mul(row, out_row), tile % 2 * _ROW_BYTES)
                     place = builder.bitcast(place, _FLOATS.as_pointer())
                     there = _aligned(builder.load(place), 4)
                     _aligned(builder.store(builder.fadd(there, more), place), 4)
@@ -1602,7 +1597,7 @@ def _flush(builder, values):
 
 def _generate_pairs(builder, products, rows, args):
     """Sums in vector registers: a pair of numbers of A is broadcast against pairs of 16 columns of B."""
-    a0, _, a_row, a_plane, offsets, steps, b, out0, _, out_row, _, add = args
+    a0, _, a_row, a_plane, offsets, steps, b, out0, _, out_row, held, add, done, _ = args
     tile, pairs = Tile(rows, 2, 16), ir.VectorType(_BFloat16(), DEPTH)
     sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(2 * rows)]
     for total in sums:
@@ -1629,5 +1624,9 @@ def _generate_pairs(builder, products, rows, args):
                     for total, weight in zip(sums[2 * i : 2 * i + 2], weights):
                         builder.store(builder.call(dot, [builder.load(total), weight, value]), total)
                     place = _at(builder, place, a_row)
-    values = [builder.load(total) for total in sums]
+    values = []
+    for number, total in enumerate(sums):
+        row = _number(number // 2)
+        counts = builder.and_(builder.icmp_signed(">=", row, done), builder.icmp_signed("<", row, held))
+        values.append(builder.select(counts, builder.load(total), _constant(_FLOATS, 0.0)))
     _store_tile(builder, tile, 4, values, out0, _multiples(builder, out_row, rows), add)
