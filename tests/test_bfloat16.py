@@ -401,22 +401,23 @@ for task in tasks:
 
 
 @pytest.mark.parametrize(("products", "loads"), [(1, 4), (3, 8), (6, 14)])
-def test_the_code_for_amx_loads_each_tile_once_and_spills_nothing(products, loads):
+def test_the_code_for_amx_loads_each_tile_once_and_spills_nothing(products, loads, tmp_path):
     printed = run_python(
         CROSS_COMPILED.format(products=products),
-        NUMBA_CPU_NAME="sapphirerapids", NUMBA_CPU_FEATURES=SAPPHIRE_RAPIDS, NUMBA_CACHE_DIR="/nonexistent",
+        NUMBA_CPU_NAME="sapphirerapids", NUMBA_CPU_FEATURES=SAPPHIRE_RAPIDS, NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     codes = dict(part.split("\n", 1) for part in printed.split("TASK ")[1:])
     assert set(codes) == {"pack", "gather", "reduce", "unpack"}
     for name in ("gather", "reduce"):
         code = codes[name]
-        assert [len(re.findall(rf"\t{word}\b", code)) for word in ("ldtilecfg", "tilerelease")] == [1, 1]
+        # LLVM may copy them to several paths, none of which is a loop over products.
+        assert all(re.search(rf"\t{word}\b", code) for word in ("ldtilecfg", "tilerelease"))
         loops = [block for block in re.split(r"\n\.L\w+:", code) if "tdpbf16ps" in block]
         assert loops
         for loop in loops:
             assert len(re.findall(r"\ttileloadd\b", loop)) == loads
             assert len(re.findall(r"\ttdpbf16ps\b", loop)) == 4 * products
-            assert "tilestored" not in loop
+            assert not re.search("tilestored|ldtilecfg|tilerelease", loop)
             assert "%rsp" not in loop
     assert "vcvtneps2bf16" in codes["gather"]
 
