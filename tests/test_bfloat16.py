@@ -352,6 +352,8 @@ def test_the_option_forces_amx_off_and_says_so():
     with fastconv.options(amx="off"):
         for algorithm in ALGORITHMS[:2]:
             assert support(algorithm) == (False, "the option amx is off")
+            # Refused with that reason, in every direction.
+            check_conv(conv_problem(CASE["3x3"], "float32"), FIRST, algorithm)
         assert support(ALGORITHMS[2]).ok == has_vectors
 
 
