@@ -380,6 +380,41 @@ def test_a_kernel_that_refuses_the_tile_registers_is_named_as_the_reason(monkeyp
         units.why_no_amx.cache_clear()
 
 
+CHECKED = """
+import numpy as np
+import fastconv
+from fastconv.cpu import simd, units
+
+right = simd._EmulatedTiles.multiply
+if {wrong}:
+    simd._EmulatedTiles.multiply = lambda self, c, a, b: right(self, c, a, 6)
+# Emulated tiles take the place of AMX.
+units.AMX = simd.EMULATED
+units.cpu_features = lambda: frozenset({{"amx-tile", "amx-bf16"}})
+units._why_no_permission = lambda: ""
+ones = np.ones((1, 32, 6, 6), "float32")
+assert (fastconv.conv2d(ones, np.ones((8, 32, 3, 3), "float32")) == 288).all()
+for candidate in fastconv.algorithms(fastconv.ConvGeometry.create((1, 32, 6, 6), (8, 32, 3, 3))):
+    if candidate.name == "implicit_gemm_bf16x6":
+        print(candidate.supported, candidate.reason)
+print([note for note in fastconv.show_config(mode="dicts")["off"] if "bf16x6" in note])
+with fastconv.options(amx="off"):
+    print(units.unit(6))
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_tiles_are_used_only_after_they_have_multiplied_rightly(wrong, tmp_path):
+    printed = run_python(CHECKED.format(wrong=wrong), NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
+    if wrong:
+        reason = "tiles of 16 rows multiply whole numbers wrongly on this machine"
+        assert printed[0].startswith(f"False {reason}")
+        assert reason in printed[1]
+    else:
+        assert printed[:2] == ["True ", "[]"]
+    assert printed[2] == "(None, 'the option amx is off')"
+
+
 def test_emulated_tiles_are_never_chosen_for_their_speed(emulated):
     geometry = fastconv.ConvGeometry.create((8, 64, 56, 56), (64, 64, 3, 3), padding=1)
     for precision in config.PRECISIONS:
