@@ -18,6 +18,7 @@ precision          FASTCONV_PRECISION          "highest"   promise about float32
 workspace_limit    FASTCONV_WORKSPACE_LIMIT    2**30       bytes of workspace that one call may use
 threads            FASTCONV_THREADS            None        threads of one call; None: what Numba and BLAS choose
 poison             FASTCONV_POISON             False       fill fresh outputs and workspaces with NaN (debugging)
+amx                FASTCONV_AMX                "on"        use AMX where there is: on, off, or emulated (for tests)
 =================  ==========================  ==========  ====================================================
 """
 
@@ -34,6 +35,9 @@ from typing import Any
 from .errors import ArgumentError, ArgumentTypeError
 
 PRECISIONS = ("highest", "high", "medium")
+AMX_CHOICES = ("on", "off", "emulated")
+_WORDS_FOR_NO = ("0", "false", "no", "off")
+_WORDS_FOR_YES = ("1", "true", "yes", "on")
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "auto",
@@ -41,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "workspace_limit": 2**30,
     "threads": None,
     "poison": False,
+    "amx": "on",
 }
 
 # (option, value) pairs in order of their names: equal blocks are equal keys.
@@ -90,12 +95,22 @@ def _check_flag(option: str, value: Any) -> bool:
     return value
 
 
+def _check_amx(option: str, value: Any) -> str:
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    if not isinstance(value, str) or value not in AMX_CHOICES:
+        kind = ArgumentError if isinstance(value, str) else ArgumentTypeError
+        raise kind(f"{option} must be one of {', '.join(map(repr, AMX_CHOICES))}, or True or False, not {value!r}")
+    return value
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "algorithm": _check_name,
     "precision": _check_precision,
     "workspace_limit": _check_bytes,
     "threads": _check_threads,
     "poison": _check_flag,
+    "amx": _check_amx,
 }
 
 
@@ -117,7 +132,9 @@ def _from_environment(option: str) -> Any:
         except ValueError:
             raise ArgumentError(f"{variable} must be an integer, not {text!r}") from None
     elif option == "poison":
-        value = text.lower() not in ("0", "false", "no", "off")
+        value = text.lower() not in _WORDS_FOR_NO
+    elif option == "amx" and text.lower() in _WORDS_FOR_NO + _WORDS_FOR_YES:
+        value = text.lower() in _WORDS_FOR_YES
     return _CHECKS[option](variable, value)
 
 
@@ -161,7 +178,7 @@ def options(**values: Any) -> Iterator[None]:
     Parameters
     ----------
     **values
-        Any of algorithm, precision, workspace_limit, threads, poison.
+        Any of algorithm, precision, workspace_limit, threads, poison, amx.
 
     Raises
     ------

@@ -4,7 +4,8 @@
 >>> fastconv.show_config(mode="dicts")["fastconv"] == fastconv.__version__
 True
 
-Looking starts no threads, compiles nothing and imports no optional library.
+Looking starts no threads, compiles nothing but the check that AMX multiplies rightly, where there is AMX, and imports
+no optional library.
 """
 
 from __future__ import annotations
@@ -317,6 +318,11 @@ def _off(found: dict[str, Any]) -> list[str]:
     absent = [name for name, there in found["cpu"]["features"].items() if not there]
     if absent:
         notes.append(f"this CPU (or its virtual machine) has no {', '.join(absent)}")
+    from .cpu import units
+
+    without = units.unit(6)[1]
+    if without:
+        notes.append(f"algorithms 'implicit_gemm_bf16x6' and 'implicit_gemm_bf16x3': {without}")
     for layer in ("tbb", "omp"):
         if found["threads"]["layers"][layer] != "available":
             notes.append(f"threading layer {layer}: {found['threads']['layers'][layer]}")

@@ -112,7 +112,7 @@ def choose(
     registry.named(algorithm, device)
     return _choose(
         geometry, direction, stored, device, algorithm, precision, config.get("workspace_limit"),
-        _thread_count(device), _registered(device), tuning.changes,
+        _thread_count(device), _registered(device), tuning.changes, config.get("amx"),
     )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ def _choose(
     threads: int,
     registered: tuple[Algorithm, ...],
     changes: int,
+    amx: str,
 ) -> Choice:
     inner = lifted(geometry, stored)
     room = limit - staging_bytes(geometry)
@@ -241,7 +242,7 @@ def algorithms(
     here = registry.on(device)
     best = None
     if here:
-        how = (direction, stored, device, "auto", level, limit, threads, tuple(here), tuning.changes)
+        how = (direction, stored, device, "auto", level, limit, threads, tuple(here), tuning.changes, config.get("amx"))
         best = _choose(geometry, *how).algorithm.name
     measured = tuning.times(tuning.key(inner, geometry.dtype, direction, device, threads, level))
     found = []

@@ -21,11 +21,20 @@ import fastconv
 from fastconv import reference, registry, selection
 from fastconv.testing import ConvCase, PoolCase, assert_close, tolerance
 
-ALGORITHMS = tuple(a.name for a in registry.on("cpu"))
+
+def _runs_here(algorithm: registry.Algorithm, dtype: str = "float32") -> bool:
+    """Whether the machine has what an algorithm needs; `test_bfloat16.py` tests those that are refused without it."""
+    smallest = fastconv.ConvGeometry.create((1, 1, 8, 8), (1, 1, 3, 3), dtype=dtype)
+    return algorithm.supports(selection.lifted(smallest, "channels_first")).ok
+
+
+ALGORITHMS = tuple(a.name for a in registry.on("cpu") if _runs_here(a))
+# Those that compute in float64: finite differences need it.
+FLOAT64 = tuple(a.name for a in registry.on("cpu") if _runs_here(a, "float64"))
 # What each level of `precision` promises: the root-mean-square error over the root-mean-square of the result.
 PROMISES = {"highest": 1e-6, "high": 2e-5, "medium": 5e-3}
 # Sums of products as they stand, so that whole numbers come out exact.
-EXACT = tuple(a.name for a in registry.on("cpu") if a.family not in ("fft", "winograd"))
+EXACT = tuple(name for name in ALGORITHMS if not name.startswith(("fft", "winograd")))
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

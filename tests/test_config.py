@@ -18,6 +18,7 @@ EXAMPLES = {
     "workspace_limit": ("4096", 4096),
     "threads": ("1", 1),
     "poison": ("1", True),
+    "amx": ("no", "off"),
 }
 
 

@@ -214,6 +214,11 @@ def phases(g, direction, inner, outer):
     fold = (1, 1, 1) if direction == "weight_grad" else _best_fold(g, direction, inner, outer)
     if fold != (1, 1, 1):
         return (_folded(g, direction, fold),)
+    return plain_phases(g, direction)
+
+
+def plain_phases(g, direction):
+    """Return the phases of a direction whose columns are channels alone."""
     if direction != "input_grad":
         taps = tuple(
             tuple((t, t * d - b) for t in range(k)) for k, d, (b, _) in zip(g.kernel_size, g.dilation, g.padding)
