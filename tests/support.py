@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import fastconv
 from fastconv import reference, registry, selection
@@ -31,6 +32,15 @@ def _runs_here(algorithm: registry.Algorithm, dtype: str = "float32") -> bool:
 ALGORITHMS = tuple(a.name for a in registry.on("cpu") if _runs_here(a))
 # Those that compute in float64: finite differences need it.
 FLOAT64 = tuple(a.name for a in registry.on("cpu") if _runs_here(a, "float64"))
+
+
+def with_algorithms(*dtypes):
+    """Return a mark that runs a test with each (algorithm, dtype) that there is: split precision is float32's alone."""
+    names, wide = [*ALGORITHMS, "auto"], (*FLOAT64, "auto")
+    pairs = [(name, d) for name in names for d in dtypes if "float64" not in str(d) or name in wide]
+    return pytest.mark.parametrize(("algorithm", "dtype"), pairs, ids=[f"{name}-{d}" for name, d in pairs])
+
+
 # What each level of `precision` promises: the root-mean-square error over the root-mean-square of the result.
 PROMISES = {"highest": 1e-6, "high": 2e-5, "medium": 5e-3}
 # Sums of products as they stand, so that whole numbers come out exact.

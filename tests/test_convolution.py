@@ -27,6 +27,7 @@ from support import (
     rng,
     stride_for,
     whole,
+    with_algorithms,
 )
 
 import fastconv
@@ -408,9 +409,8 @@ def test_an_image_without_a_batch_is_a_batch_of_one(algorithm, layout, dims):
     assert np.array_equal(out, op("conv{}d", dims)(x, p.weight, p.bias, **how)[0])
 
 
-@every_algorithm
+@with_algorithms("float32", "float64", "float16", BFLOAT16)
 @every_layout
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", BFLOAT16], ids=str)
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_an_empty_batch_has_an_empty_result_and_zero_gradients(algorithm, layout, dtype, mode):
     c = per_group(algorithm, 2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import ALGORITHMS, op, per_group, promise, rng, stride_for
+from support import op, per_group, promise, rng, stride_for, with_algorithms
 
 import fastconv
 from fastconv.testing import assert_close
@@ -205,9 +205,8 @@ def agree(found, expected, length=40, algorithm="direct"):
     assert_close(found.double().numpy(), expected.double().numpy(), found.dtype, algorithm, reduction_length=length)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@with_algorithms(*DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
 def test_tensors_give_tensors_of_their_dtype_and_memory_format(dtype, channels_last, algorithm):
     c = per_group(algorithm, 2)
     x, weight, bias = images(dtype, channels_last, c)
