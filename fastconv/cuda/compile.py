@@ -144,9 +144,11 @@ def to_ptx(
         compiler.kernel_fixup(kernel, False)
         nvvm.set_launch_bounds(kernel, launch_bounds)
         code = nvvm.compile_ir(result.library.llvm_strs, arch=target.virtual, opt=3)
-    except (NumbaError, CudaNumbaError, nvvm.NvvmError) as error:
+    except (NumbaError, CudaNumbaError, nvvm.nvvmError) as error:
         raise CompileError(f"{function.__name__} for {target.name}: {error}") from error
-    return code.decode().strip("\x00").strip(), kernel.name
+    # Numba's name is long and holds a number that differs between processes.
+    ptx = code.decode().strip("\x00").strip().replace(kernel.name, function.__name__)
+    return ptx, function.__name__
 
 
 def _for_numba(function: Any, target: Architecture) -> Any:

@@ -6,10 +6,12 @@ in which instructions are Python; the key of the disk cache is a digest of every
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,17 @@ def is_intrinsic(value: Any) -> bool:
 def references(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the name and the value of each global and each closed-over variable that a function uses."""
     code = function.__code__
-    names = sorted(_names(code))
-    for name in names:
+    for name in _names(code, "LOAD_GLOBAL"):
         if name in function.__globals__:
             value = function.__globals__[name]
             yield name, value
             if isinstance(value, types.ModuleType) and not value.__name__.startswith(_KNOWN):
-                yield from _used_members(value, names)
+                yield from _used_members(value, _names(code, "LOAD_ATTR", "LOAD_METHOD"))
     for name, cell in zip(code.co_freevars, function.__closure__ or ()):
         yield name, cell.cell_contents
 
 
-def _used_members(module: types.ModuleType, names: list[str]) -> Iterator[tuple[str, Any]]:
+def _used_members(module: types.ModuleType, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for name in names:
         value = getattr(module, name, None)
         if isinstance(value, types.FunctionType):
@@ -49,9 +50,12 @@ def _used_members(module: types.ModuleType, names: list[str]) -> Iterator[tuple[
             yield f"{module.__name__}.{name}", value
 
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*inner)
+@lru_cache(maxsize=4096)
+def _names(code: types.CodeType, *operations: str) -> tuple[str, ...]:
+    """Return the names that these operations of a function, and of those within it, refer to."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in operations}
+    inner = [_names(c, *operations) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(sorted(found.union(*inner)))
 
 
 def reached(function: types.FunctionType) -> list[Any]:
