@@ -101,7 +101,14 @@ def compile_kernel(
     target.check(functions.reached(function))  # type: ignore[arg-type]
     tools = toolchain.require()
     options = {"launch_bounds": launch_bounds, "max_registers": max_registers}
-    depends_on = [functions.digest(function), list(map(str, signature)), architecture, options, list(tools), _OWN_DIGEST]  # type: ignore[arg-type]
+    depends_on = [
+        functions.digest(function),
+        list(map(str, signature)),
+        architecture,
+        options,
+        list(tools),
+        _OWN_DIGEST,
+    ]  # type: ignore[arg-type]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     name = function.__name__
     return _load(name, key) or _save(key, _compile(function, tuple(signature), target, launch_bounds, max_registers))
@@ -143,12 +150,54 @@ def to_ptx(
         kernel = result.library.get_function(result.fndesc.llvm_func_name)
         compiler.kernel_fixup(kernel, False)
         nvvm.set_launch_bounds(kernel, launch_bounds)
-        code = nvvm.compile_ir(result.library.llvm_strs, arch=target.virtual, opt=3)
+        code = _translate(list(map(_unrolled, result.library.llvm_strs)), target)
     except (NumbaError, CudaNumbaError, nvvm.nvvmError) as error:
         raise CompileError(f"{function.__name__} for {target.name}: {error}") from error
-    # Numba's name is long and holds a number that differs between processes.
+    # Numba's names are long and hold a number that differs between processes; its environment is of no use here.
     ptx = code.decode().strip("\x00").strip().replace(kernel.name, function.__name__)
-    return ptx, function.__name__
+    return re.sub(r"^\.(common|weak|visible) \.global .*NumbaEnv.*$", "", ptx, flags=re.MULTILINE), function.__name__
+
+
+def _translate(modules: list[str], target: Architecture) -> bytes:
+    """Return the PTX of NVVM IR; libdevice, the mathematical functions, joins only where one is called.
+
+    Numba's own function for this looks for NVRTC first, a library of 90 MB that nothing else here needs.
+    """
+    from cuda import pathfinder
+    from numba.cuda.cudadrv import nvvm
+
+    unit = nvvm.CompilationUnit({"arch": target.virtual, "opt": 3})
+    for module in modules:
+        unit.add_module(nvvm.llvm_replace(module).encode())
+    unit.verify()
+    if any("@__nv_" in module for module in modules):
+        unit.lazy_add_module(Path(pathfinder.find_bitcode_lib("device")).read_bytes())
+    return unit.compile()
+
+
+_BLOCK = re.compile(r'^"?([\w.$-]+)"?:')
+_TARGETS = re.compile(r'label %"?([\w.$-]+)"?')
+
+
+def _unrolled(text: str) -> str:
+    """Return NVVM IR that asks for the unrolling of loops whose extent is known.
+
+    For Blackwell libnvvm has other rules and leaves them be: arrays of registers would be indexed in memory.
+    """
+    lines, nodes = text.splitlines(), []
+    before: set[str] = set()
+    number = 1 + max(map(int, re.findall(r"^!(\d+) =", text, re.MULTILINE)), default=0)
+    for i, line in enumerate(lines):
+        if line.startswith("define"):
+            before = set()
+        elif label := _BLOCK.match(line):
+            before.add(label[1])
+        elif line.lstrip().startswith("br ") and not before.isdisjoint(_TARGETS.findall(line)):
+            lines[i] = f"{line}, !llvm.loop !{number}"
+            nodes.append(f"!{number} = distinct !{{!{number}, !{number + 1}}}")
+            nodes.append(f'!{number + 1} = !{{!"llvm.loop.unroll.enable"}}')
+            number += 2
+    return "\n".join([*lines, *nodes, ""])
 
 
 def _for_numba(function: Any, target: Architecture) -> Any:
@@ -265,7 +314,9 @@ def _sections(cubin: bytes) -> list[_Section]:
 
 def _symbol_names(cubin: bytes, table: _Section, sections: list[_Section]) -> list[str]:
     names = sections[table.link].offset
-    return [_text(cubin, names + struct.unpack_from("<I", cubin, table.offset + at)[0]) for at in range(0, table.size, 24)]
+    return [
+        _text(cubin, names + struct.unpack_from("<I", cubin, table.offset + at)[0]) for at in range(0, table.size, 24)
+    ]
 
 
 def _text(content: bytes, at: int) -> str:
@@ -366,9 +417,7 @@ def _density(loop: list[Instruction]) -> int:
     return sum(i.opcode in _ARITHMETIC for i in loop)
 
 
-def budget(
-    compiled: CompiledKernel, registers: int, expected: Sequence[str] = (), double: bool = False
-) -> list[str]:
+def budget(compiled: CompiledKernel, registers: int, expected: Sequence[str] = (), double: bool = False) -> list[str]:
     """Return what is wrong with the machine code of a kernel: an empty list if it keeps its budget.
 
     Parameters

@@ -221,10 +221,29 @@ class Report:
 class Pointer:
     """Typed memory of a kernel: indexing and vector accesses, checked and logged."""
 
-    __slots__ = ("_bytes", "_data", "_is_integer", "_item", "_machine", "_shape", "base", "dtype", "name", "shared", "size")
+    __slots__ = (
+        "_bytes",
+        "_data",
+        "_is_integer",
+        "_item",
+        "_machine",
+        "_shape",
+        "base",
+        "dtype",
+        "name",
+        "shared",
+        "size",
+    )
 
     def __init__(self, machine: _Machine, name: str, data: np.ndarray, base: int, shared: bool, shape: tuple[int, ...]):
-        self._machine, self.name, self._data, self.base, self.shared, self._shape = machine, name, data, base, shared, shape
+        self._machine, self.name, self._data, self.base, self.shared, self._shape = (
+            machine,
+            name,
+            data,
+            base,
+            shared,
+            shape,
+        )
         self.dtype, self.size, self._item = data.dtype, data.size, data.dtype.itemsize
         self._bytes = data.view(np.uint8)
         self._is_integer = data.dtype.kind in "iub"
@@ -346,7 +365,9 @@ def _conversion(kind: Any) -> Callable[[Any], Any]:
         if type(value) is not int:
             value = int(value)
         if not low <= value <= high:
-            raise PrecisionError(f"int{bits}({value}) loses bits; use a wider type, or uint{bits} if it is meant to wrap")
+            raise PrecisionError(
+                f"int{bits}({value}) loses bits; use a wider type, or uint{bits} if it is meant to wrap"
+            )
         return value
 
     return signed
@@ -580,7 +601,9 @@ class _Machine:
         self._next_base = _GLOBAL_BASE
         given = [self._argument(name, value) for name, value in zip(names, arguments)]
         if len(arguments) != self.function.__code__.co_argcount:
-            raise EmulationError(f"{self.name} takes {self.function.__code__.co_argcount} arguments, not {len(arguments)}")
+            raise EmulationError(
+                f"{self.name} takes {self.function.__code__.co_argcount} arguments, not {len(arguments)}"
+            )
         for z in range(self.grid.z):
             for y in range(self.grid.y):
                 for x in range(self.grid.x):
@@ -785,22 +808,22 @@ class _Cuda:
         raise UnsupportedError(f"cuda.{name} is not emulated")
 
     @property
-    def threadIdx(self) -> _Index:  # noqa: N802
+    def threadIdx(self) -> _Index:
         """The thread's place in its block."""
         return self._machine.lane.threadIdx
 
     @property
-    def blockIdx(self) -> _Index:  # noqa: N802
+    def blockIdx(self) -> _Index:
         """The block's place in the grid."""
         return self._machine.blockIdx
 
     @property
-    def blockDim(self) -> _Index:  # noqa: N802
+    def blockDim(self) -> _Index:
         """The sizes of a block."""
         return self._machine.block
 
     @property
-    def gridDim(self) -> _Index:  # noqa: N802
+    def gridDim(self) -> _Index:
         """The sizes of the grid."""
         return self._machine.grid
 
@@ -831,7 +854,9 @@ class _Cuda:
     def _exchange(self, name: str, mask: int, payload: Any, combine: Callable[..., Any]) -> Any:
         lane = self._machine.lane
         if not mask >> lane.index & 1:
-            raise DivergenceError(f"{name} with mask {mask:#010x}, which leaves out the lane {lane.index} that calls it")
+            raise DivergenceError(
+                f"{name} with mask {mask:#010x}, which leaves out the lane {lane.index} that calls it"
+            )
         wait = _Wait(name, _here(sys._getframe(2)), mask & _FULL, payload, combine, aligned=False)
         return self._machine.switch(wait)
 
@@ -850,12 +875,16 @@ class _Cuda:
     def shfl_down_sync(self, mask: int, value: Any, distance: int) -> Any:
         """The value of the lane `distance` above; the own where there is none."""
         source = self.laneid + distance
-        return self._exchange("shfl_down_sync", mask, (self.laneid, value, source if source < WARP else self.laneid), _shuffle)
+        return self._exchange(
+            "shfl_down_sync", mask, (self.laneid, value, source if source < WARP else self.laneid), _shuffle
+        )
 
     def shfl_up_sync(self, mask: int, value: Any, distance: int) -> Any:
         """The value of the lane `distance` below; the own where there is none."""
         source = self.laneid - distance
-        return self._exchange("shfl_up_sync", mask, (self.laneid, value, source if source >= 0 else self.laneid), _shuffle)
+        return self._exchange(
+            "shfl_up_sync", mask, (self.laneid, value, source if source >= 0 else self.laneid), _shuffle
+        )
 
     def ballot_sync(self, mask: int, predicate: Any) -> int:
         """One bit for each lane whose predicate holds."""
@@ -1011,7 +1040,11 @@ class _Ledger:
             memory = "shared" if site.shared else "global"
             access = found.setdefault(key, Access(str(site), site.line, memory, site.kind != _READ, site.nbytes))
             requests, cost, ideal = map(int, self._counts[number])
-            access.requests, access.cost, access.ideal = access.requests + requests, access.cost + cost, access.ideal + ideal
+            access.requests, access.cost, access.ideal = (
+                access.requests + requests,
+                access.cost + cost,
+                access.ideal + ideal,
+            )
         return list(found.values())
 
 
@@ -1075,7 +1108,9 @@ class _Log:
 
 def _conflicts(place: np.ndarray, actor: np.ndarray, write: np.ndarray) -> np.ndarray:
     """Return which accesses are at a place where another actor is too, and somebody writes."""
-    _, where = np.unique(place, return_inverse=True) if place.max() - place.min() > 1 << 22 else (None, place - place.min())
+    _, where = (
+        np.unique(place, return_inverse=True) if place.max() - place.min() > 1 << 22 else (None, place - place.min())
+    )
     owner = np.empty(int(where.max()) + 1, np.int64)
     mixed, written = np.zeros((2, owner.size), bool)
     owner[where] = actor

@@ -64,7 +64,9 @@ def reached(function: types.FunctionType) -> list[Any]:
     for item in found:
         if isinstance(item, types.FunctionType):
             for _, value in references(item):
-                if (isinstance(value, types.FunctionType) or is_intrinsic(value)) and not any(value is f for f in found):
+                if (isinstance(value, types.FunctionType) or is_intrinsic(value)) and not any(
+                    value is f for f in found
+                ):
                     found.append(value)
     return found
 
@@ -123,6 +125,11 @@ def _code(code: types.CodeType) -> str:
 
 
 def _intrinsic(value: Any) -> str:
-    """Return the digest of the file that defines an intrinsic: its code generator may use anything in there."""
+    """Return what tells an intrinsic from others: its name, its factory's constants, and the file that defines it.
+
+    Its code generator may use anything in that file.
+    """
     path = Path(inspect.getfile(value._defn))
-    return f"{value._name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    cells = zip(value._defn.__code__.co_freevars, value._defn.__closure__ or ())
+    constants = [(name, cell.cell_contents) for name, cell in cells if isinstance(cell.cell_contents, (int, str))]
+    return f"{value.__name__} {constants} {hashlib.sha256(path.read_bytes()).hexdigest()}"

@@ -122,6 +122,12 @@ def _holds(kind: Any, element: Any) -> bool:
 # --- vectors of memory -----------------------------------------------------------------------------------------
 
 
+def _vectors(kind: Any, bits: int, count: int) -> tuple[Any, Any]:
+    """Return the vector of the elements, and that of 32-bit words it is moved as: 8 halves would go in two accesses."""
+    vector = ir.VectorType(kind, count)
+    return vector, vector if bits >= 32 or bits * count < 64 else ir.VectorType(_I32, bits * count // 32)
+
+
 def _vector_load(count: int) -> Any:
     def emulation(lane: Lane, memory: Any, offset: int) -> tuple[Any, ...]:
         return memory.read(offset, count, lane)
@@ -134,9 +140,10 @@ def _vector_load(count: int) -> Any:
 
         def generate(context, builder, signature, args):
             place = _place(context, builder, memory, args[0], offset, args[1])
-            vector = ir.VectorType(place.type.pointee, count)
-            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
+            vector, moved = _vectors(place.type.pointee, element.bitwidth, count)
+            loaded = builder.load(builder.bitcast(place, moved.as_pointer()))
             loaded.align = count * element.bitwidth // 8
+            loaded = builder.bitcast(loaded, vector)
             values = [builder.extract_element(loaded, ir.Constant(_I32, i)) for i in range(count)]
             return context.make_tuple(builder, signature.return_type, values)
 
@@ -157,12 +164,12 @@ def _vector_store(count: int) -> Any:
 
         def generate(context, builder, signature, args):
             place = _place(context, builder, memory, args[0], offset, args[1])
-            vector = ir.VectorType(place.type.pointee, count)
+            vector, moved = _vectors(place.type.pointee, element.bitwidth, count)
             whole = ir.Constant(vector, ir.Undefined)
             for i, kind in enumerate(values.types):
                 value = context.cast(builder, builder.extract_value(args[2], i), kind, element)
                 whole = builder.insert_element(whole, value, ir.Constant(_I32, i))
-            stored = builder.store(whole, builder.bitcast(place, vector.as_pointer()))
+            stored = builder.store(builder.bitcast(whole, moved), builder.bitcast(place, moved.as_pointer()))
             stored.align = count * element.bitwidth // 8
             return context.get_dummy_value()
 
@@ -268,7 +275,9 @@ def round_to_tf32(values: Any) -> np.ndarray:
     return np.where(np.isfinite(values), rounded, values)
 
 
-def _convert(name: str, result: Any, argument: Any, emulation: Callable[..., Any], since: int, text: str, code: str) -> Any:
+def _convert(
+    name: str, result: Any, argument: Any, emulation: Callable[..., Any], since: int, text: str, code: str
+) -> Any:
     @instruction(emulation, since=since)
     def convert(typing_context, value):
         def generate(context, builder, signature, args):
@@ -328,8 +337,15 @@ def _pack_float16(lane: Lane, low: Any, high: Any) -> int:
     return int(np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0])
 
 
-pack_bfloat16 = _pack("Two float32 rounded to bfloat16, in one register.", "cvt.rn.bf16x2.f32 $0, $1, $2;", 80, _pack_bfloat16)
-pack_float16 = _pack("Two float32 rounded to float16, in one register.", "{\n.reg .b16 l, h;\ncvt.rn.f16.f32 h, $1;\ncvt.rn.f16.f32 l, $2;\nmov.b32 $0, {l, h};\n}", 75, _pack_float16)
+pack_bfloat16 = _pack(
+    "Two float32 rounded to bfloat16, in one register.", "cvt.rn.bf16x2.f32 $0, $1, $2;", 80, _pack_bfloat16
+)
+pack_float16 = _pack(
+    "Two float32 rounded to float16, in one register.",
+    "{\n.reg .b16 l, h;\ncvt.rn.f16.f32 h, $1;\ncvt.rn.f16.f32 l, $2;\nmov.b32 $0, {l, h};\n}",
+    75,
+    _pack_float16,
+)
 
 
 @instruction(lambda lane, bits: _float_of(int(bits) << 16))
@@ -465,9 +481,7 @@ def _ldmatrix(count: int, transposed: bool) -> Any:
 
         def generate(context, builder, signature, args):
             row = _shared_address(builder, _place(context, builder, tile, args[2], offset, args[3]))
-            loaded = _assemble(
-                builder, _struct(_I32, count), [row], text, ",".join(["=r"] * count) + ",r,~{memory}"
-            )
+            loaded = _assemble(builder, _struct(_I32, count), [row], text, ",".join(["=r"] * count) + ",r,~{memory}")
             _Fragment(context, builder, fragment, args[0], at, args[1]).store(_parts(builder, loaded, count))
             return context.get_dummy_value()
 
@@ -507,7 +521,9 @@ def _matrix(numbers: np.ndarray, packed: int, height: int) -> np.ndarray:
     return blocks.transpose(3, 0, 2, 1, 4).reshape(height * 8, across * 4 * packed)
 
 
-def _mma(shape: str, kind: str, a_count: int, b_count: int, since: int, decode: Callable[..., np.ndarray], packed: int) -> Any:
+def _mma(
+    shape: str, kind: str, a_count: int, b_count: int, since: int, decode: Callable[..., np.ndarray], packed: int
+) -> Any:
     def combine(fragments: Sequence[Any]) -> list[list[np.float32]]:
         registers = np.array([f[0] for f in fragments], np.uint32)
         numbers = decode(registers).reshape(32, a_count + b_count, packed)
@@ -552,3 +568,13 @@ mma_m16n8k16_bfloat16 = _mma("m16n8k16", "bf16", 4, 2, 80, _bfloat16_of, 2)
 mma_m16n8k8_tf32 = _mma("m16n8k8", "tf32", 4, 2, 80, _tf32_of, 1)
 # Turing has no larger one.
 mma_m16n8k8_float16 = _mma("m16n8k8", "f16", 2, 1, 75, _float16_of, 2)
+
+
+def _name_instructions() -> None:
+    """Name those made in factories after what they are in this module."""
+    for name, value in globals().items():
+        if hasattr(value, "emulation"):
+            value.__name__ = name
+
+
+_name_instructions()

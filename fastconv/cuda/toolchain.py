@@ -81,7 +81,9 @@ def check_ptx(version: tuple[int, int], linker: tuple[int, int]) -> None:
     """Refuse PTX of a version that an nvJitLink of release `linker` cannot read."""
     newest = (9, linker[1]) if linker[0] >= 13 else (8, _PTX_OF_CUDA_12.get(linker[1], 8))
     if version > newest:
-        cuda = (13, version[1]) if version[0] >= 9 else (12, max(m for m, p in _PTX_OF_CUDA_12.items() if p <= version[1]))
+        cuda = (
+            (13, version[1]) if version[0] >= 9 else (12, max(m for m, p in _PTX_OF_CUDA_12.items() if p <= version[1]))
+        )
         raise MissingDependencyError(too_old(f"{linker[0]}.{linker[1]}", f"{cuda[0]}.{cuda[1]}"))
 
 

@@ -30,7 +30,6 @@ ADD_VECTORS = (F32, F32, F32, I32)
 
 def stencil(width, taps):
     """A row of `width` outputs per block, each the weighted sum of `taps` inputs, through shared memory."""
-
     extent = width + taps - 1
 
     def kernel(x, weight, out, n):
@@ -75,9 +74,15 @@ def gemm(stages):
             place = int32(stage * int32(size) + swizzled(row, chunk))
             column = int32(depth + chunk * int32(CHUNK))
             m_row, n_row = int32(cuda.blockIdx.x * M + row), int32(cuda.blockIdx.y * N + row)
-            ptx.copy_async16(tiles, place, a, int32(m_row * k + column), int32(16) if m_row < m and column < k else int32(0))
             ptx.copy_async16(
-                tiles, int32(place + M * K), b, int32(n_row * k + column), int32(16) if n_row < n and column < k else int32(0)
+                tiles, place, a, int32(m_row * k + column), int32(16) if m_row < m and column < k else int32(0)
+            )
+            ptx.copy_async16(
+                tiles,
+                int32(place + M * K),
+                b,
+                int32(n_row * k + column),
+                int32(16) if n_row < n and column < k else int32(0),
             )
 
     def kernel(a, b, c, m, n, k):
@@ -106,7 +111,9 @@ def gemm(stages):
             for half in range(2):
                 for i in range(2):
                     row = int32(top + i * 16 + (lane & int32(15)))
-                    ptx.ldmatrix_x4(rows, 4 * i, tiles, int32(base + swizzled(row, int32(half * 2 + (lane >> int32(4))))))
+                    ptx.ldmatrix_x4(
+                        rows, 4 * i, tiles, int32(base + swizzled(row, int32(half * 2 + (lane >> int32(4)))))
+                    )
                 for j in range(2):
                     row = int32(left + j * 16 + (lane & int32(7)) + ((lane >> int32(4)) << int32(3)))
                     chunk = int32(half * 2 + ((lane >> int32(3)) & int32(1)))
