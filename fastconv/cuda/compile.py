@@ -1,8 +1,8 @@
 """Compilation: a Python function to a cubin, its registers and its instructions, without a driver.
 
 Numba translates the kernel to NVVM IR, libnvvm to PTX, nvJitLink to the machine code of one architecture. Helpers are
-plain functions too: they become device functions here, inlined. Machine code is kept on disk, one file per kernel, under
-the digest of everything that it depends on. fast-math is off: sums of products contract, nothing else changes.
+plain functions too: they become device functions here, inlined. Machine code is kept on disk, one file per kernel,
+under the digest of everything that it depends on. fast-math is off: sums of products contract, nothing else changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types as python_types
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -68,7 +68,7 @@ class CompiledKernel:
 
 
 def compile_kernel(
-    function: Callable[..., None],
+    function: Any,
     signature: Sequence[Any],
     architecture: str = "sm_90a",
     launch_bounds: int | tuple[int, ...] | None = None,
@@ -98,7 +98,7 @@ def compile_kernel(
         If a compiler refuses the kernel.
     """
     target = Architecture.named(architecture)
-    target.check(functions.reached(function))  # type: ignore[arg-type]
+    target.check(functions.reached(function))
     tools = toolchain.require()
     options = {"launch_bounds": launch_bounds, "max_registers": max_registers}
     depends_on = [
@@ -108,7 +108,7 @@ def compile_kernel(
         options,
         list(tools),
         _OWN_DIGEST,
-    ]  # type: ignore[arg-type]
+    ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     name = function.__name__
     return _load(name, key) or _save(key, _compile(function, tuple(signature), target, launch_bounds, max_registers))

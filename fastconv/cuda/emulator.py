@@ -128,7 +128,7 @@ def emulate(
     >>> float(y.sum()), report.sectors
     (64.0, 8)
     """
-    function = getattr(kernel, "py_func", kernel)
+    function: Any = getattr(kernel, "py_func", kernel)
     target = Architecture.named(architecture)
     target.check(functions.reached(function))
     machine = _Machine(function, _triple(grid), _triple(block), shared_bytes, target, seed)
@@ -316,7 +316,7 @@ class Pointer:
         machine.lane.log.append((self.base + at * self._item) << _SITE_BITS | site)
 
 
-class Local(dict):  # type: ignore[type-arg]
+class Local(dict):
     """An array of one thread: registers, if the compiler can."""
 
     def __init__(self, shape: Any, dtype: Any) -> None:
@@ -506,7 +506,8 @@ class _Machine:
         self.sites: list[Site] = []
         self.site_numbers: dict[tuple[Any, ...], int] = {}
         self._known_sites: dict[tuple[Any, ...], int] = {}
-        self.used = 0
+        self.used, self.static_bytes = 0, 0
+        self.dynamic_place: int | None = None
         self._copies: dict[int, Any] = {}
         self._fake = _Cuda(self)
         self.ledger = _Ledger(self)
@@ -1009,7 +1010,8 @@ class _Ledger:
         if conflict.any():
             at = place == place[np.flatnonzero(conflict)[0]]
             blocks = sorted(set(block[at].tolist()))
-            raise RaceError(f"{self._machine.name}: blocks number {blocks[0]} and {blocks[1]} write, or write and read, "
+            first, second = blocks[:2]
+            raise RaceError(f"{self._machine.name}: blocks number {first} and {second} write, or write and read, "
                             f"the same place in global memory")  # fmt: skip
 
     # counting
@@ -1085,7 +1087,10 @@ class _Log:
         rows = np.repeat(np.arange(self.address.size), counts)
         steps = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
         kind = self.kind[rows]
-        return _Units(size, self.address[rows] // size + steps, self.thread[rows], self.turn[rows], self.site[rows], kind, kind != _READ)  # fmt: skip
+        return _Units(
+            size, self.address[rows] // size + steps, self.thread[rows], self.turn[rows], self.site[rows], kind,
+            kind != _READ,
+        )  # fmt: skip
 
     def requests(self) -> np.ndarray:
         """Number the accesses so that those of a warp's lanes which go together have one number.

@@ -43,9 +43,7 @@ def _used_members(module: types.ModuleType, names: tuple[str, ...]) -> Iterator[
     for name in names:
         value = getattr(module, name, None)
         if isinstance(value, types.FunctionType):
-            raise ArgumentTypeError(
-                f"kernels call helpers by name: write 'from {module.__name__} import {name}', not a call through the module"
-            )
+            raise ArgumentTypeError(f"kernels call helpers by name: write 'from {module.__name__} import {name}'")
         if is_intrinsic(value):
             yield f"{module.__name__}.{name}", value
 

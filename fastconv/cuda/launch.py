@@ -141,7 +141,8 @@ def loaded(using: Any, compiled: CompiledKernel, shared_bytes: int) -> Any:
     _check_runs(target, using.capability(device))
     if shared_bytes > target.shared_limit:
         raise UnsupportedError(
-            f"{compiled.name} needs {shared_bytes} bytes of shared memory; {target.name} gives a block {target.shared_limit}"
+            f"{compiled.name} needs {shared_bytes} bytes of shared memory; "
+            f"{target.name} gives a block {target.shared_limit}"
         )
     key = (id(using), hash(compiled.cubin), compiled.entry, device)
     if key not in _loaded:

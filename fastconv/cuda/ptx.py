@@ -2,11 +2,12 @@
 
 Each intrinsic is declared together with its emulation, the Python that `emulator.py` runs in its place, and with the
 compute capability it needs. Pointers are what kernels get (`CPointer`) or arrays in shared memory; offsets count
-elements and may be int32 or int64. Fragments of matrices live in one-dimensional local arrays, which the compiler turns
-into registers: an instruction takes the array and the index of its first register.
+elements and may be int32 or int64. Fragments of matrices live in one-dimensional local arrays, which the compiler
+turns into registers: an instruction takes the array and the index of its first register.
 
 Sources: PTX ISA 9.0, sections 9.7.9 (data movement), 9.7.15 (mma) and 9.7.16 (wgmma); fragments of ldmatrix and mma are
-those of its figures. `.sync` and `.aligned` instructions are marked convergent, so that no pass moves them into a branch.
+those of its figures. `.sync` and `.aligned` instructions are marked convergent, so that no pass moves them into a
+branch.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _vector_store(count: int) -> Any:
     return store
 
 
-# One access of `count` elements: 64 or 128 bits where the elements fill them. The address must be a multiple of its size.
+# One access of so many elements: 64 or 128 bits where they fill them. The address must be a multiple of its size.
 load2, load4, load8 = _vector_load(2), _vector_load(4), _vector_load(8)
 store2, store4, store8 = _vector_store(2), _vector_store(4), _vector_store(8)
 
@@ -488,8 +489,8 @@ def _ldmatrix(count: int, transposed: bool) -> Any:
         return types.void(fragment, at, tile, offset), generate
 
     ldmatrix.__doc__ = (
-        f"Load {count} matrices of 8x8 16-bit numbers into fragment[at:at+{count}]; lane l gives the place of row l%8 of "
-        f"matrix l//8."
+        f"Load {count} matrices of 8x8 16-bit numbers into fragment[at:at+{count}]; lane l gives the place of row l%8 "
+        f"of matrix l//8."
     )
     return ldmatrix
 

@@ -27,7 +27,8 @@ from fastconv.cuda.compile import budget, compile_kernel, sass
 BUDGETS = {
     "add_vectors": (kernels.add_vectors, kernels.ADD_VECTORS, 32, 40, ("LDG.E.128", "STG.E.128", "FADD")),
     "stencil": (kernels.stencil(64, 5), kernels.STENCIL, 64, 40, ("LDG", "LDS", "STS", "BAR", "FFMA")),
-    "gemm": (kernels.gemm(3), kernels.GEMM, 128, 104, ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "STG.E.64")),
+    "gemm": (kernels.gemm(3), kernels.GEMM, 128, 104,
+             ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "STG.E.64")),
 }  # fmt: skip
 
 
@@ -305,7 +306,7 @@ def test_what_cannot_be_compiled_is_refused(kernel, error, message):
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(fastconv.ArgumentError, match="architecture must be one of sm_75, .*, not 'sm_70'"):
+    with pytest.raises(fastconv.ArgumentError, match=r"architecture must be one of sm_75, .*, not 'sm_70'"):
         compile_kernel(kernels.add_vectors, kernels.ADD_VECTORS, "sm_70")
 
 
@@ -348,7 +349,7 @@ def versions(**changed):
         ({"libnvvm": None}, ""),
         ({"numba_cuda": None}, "numba-cuda is not installed: pip install 'fastconv[cuda13]' (or 'fastconv[cuda12]')"),
         ({"cuda_core": None}, "cuda-core not installed: pip install 'fastconv[cuda13]' (or 'fastconv[cuda12]')"),
-        ({"libnvvm": "13.4.1"}, "nvJitLink 13.0.88 cannot read the code of libnvvm 13.4.1: pip install 'nvidia-nvjitlink>=13.4'"),
+        ({"libnvvm": "13.4.1"}, toolchain.too_old("13.0.88", "13.4.1")),
     ],
 )  # fmt: skip
 def test_versions_that_do_not_fit_are_named(changed, message):

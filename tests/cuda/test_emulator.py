@@ -64,6 +64,8 @@ def test_the_order_of_warps_does_not_matter():
 # --- seeded mistakes -------------------------------------------------------------------------------------------
 
 BARRIER = "            ptx.copy_wait(in_flight)\n            cuda.syncthreads()\n"
+HALVES = "for half in range(2):\n                for i"
+COLUMN = "(lane & int32(3)) * int32(2))\n                        if column"
 MISTAKES = {
     "barrier removed": (BARRIER, BARRIER.replace("            cuda.syncthreads()\n", "")),
     "wait removed": (BARRIER, "            cuda.syncthreads()\n"),
@@ -72,10 +74,10 @@ MISTAKES = {
     "column guard dropped": ("if column < n:", "if True:"),
     "swizzle on one side": ("base + M * K + swizzled(row, chunk)", "base + M * K + row * K + chunk * 8"),
     "no zero fill": ("int32(16) if m_row < m and column < k else int32(0)", "int32(16)"),
-    "divergent mma": ("for half in range(2):\n                for i", "for half in range(2 if lane < 16 else 1):\n                for i"),
+    "divergent mma": (HALVES, HALVES.replace("(2)", "(2 if lane < 16 else 1)", 1)),
     "misaligned copy": ("b, int32(n_row * k + column)", "b, int32(n_row * k + column + 1)"),
     "stage overwritten too early": ("read, write = int32(0), int32(ahead)", "read, write = int32(0), int32(0)"),
-    "race of stores": ("(lane & int32(3)) * int32(2))\n                        if column", "int32(0))\n                        if column"),
+    "race of stores": (COLUMN, COLUMN.replace("(lane & int32(3))", "int32(0)")),
     "sums not cleared": ("        for i in range(32):\n            sums[i] = float32(0)\n", ""),
     "too little shared memory": ("size, ahead, in_flight = (M + N) * K", "size, ahead, in_flight = (M + N) * K * 2"),
 }  # fmt: skip
@@ -234,7 +236,7 @@ def test_blocks_that_write_one_place_are_refused():
 
 def test_limits_of_the_architecture_hold():
     arguments = np.ones(4, np.float32), np.ones(4, np.float32)
-    with pytest.raises(fastconv.UnsupportedError, match="copy_.* needs sm_80 or later, not sm_75"):
+    with pytest.raises(fastconv.UnsupportedError, match=r"copy_.* needs sm_80 or later, not sm_75"):
         run_gemm(kernels.gemm(3), 64, 64, 32, architecture="sm_75")
     with pytest.raises(emulator.EmulationError, match="102400 bytes of shared memory; sm_86 has 101376"):
         emulate(two_writers, 1, 1, *arguments, shared_bytes=100 * 1024, architecture="sm_86")
@@ -248,7 +250,7 @@ def test_what_is_not_emulated_says_so():
     def kernel(x):
         cuda.nanosleep(x)
 
-    with pytest.raises(emulator.EmulationError, match="cuda.nanosleep is not emulated"):
+    with pytest.raises(emulator.EmulationError, match=r"cuda.nanosleep is not emulated"):
         emulate(kernel, 1, 1, 3)
 
 

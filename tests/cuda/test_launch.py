@@ -69,7 +69,7 @@ def test_a_module_is_loaded_once_and_large_shared_memory_allowed_once():
 def test_the_architecture_is_the_devices_own():
     assert launch.architecture(Driver(90)) == "sm_90a"
     assert launch.architecture(Driver(86)) == "sm_86"
-    with pytest.raises(fastconv.UnsupportedError, match="no kernels for GPUs of compute capability 7.0"):
+    with pytest.raises(fastconv.UnsupportedError, match=r"no kernels for GPUs of compute capability 7.0"):
         launch.architecture(Driver(70))
 
 
@@ -105,7 +105,7 @@ def test_without_a_driver_the_refusal_says_so(monkeypatch):
 
     monkeypatch.setattr(driver, "cuInit", refuse)
     with pytest.raises(
-        fastconv.UnsupportedError, match="no NVIDIA driver can be loaded: Failed to dlopen libcuda.so.1"
+        fastconv.UnsupportedError, match=r"no NVIDIA driver can be loaded: Failed to dlopen libcuda.so.1"
     ):
         launch.CoreDriver()
 
