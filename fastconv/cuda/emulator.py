@@ -21,7 +21,6 @@ import math
 import sys
 import types as python_types
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -29,9 +28,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import FastconvError, MissingDependencyError, UnsupportedError
+from ..errors import MissingDependencyError, UnsupportedError
 from . import functions, toolchain
+from .access import ARRIVAL, ISSUE, MET, READ, SITE_BITS, WARP, WRITE, Ledger, Report, Site
 from .architecture import Architecture
+from .faults import (
+    DeadlockError,
+    DivergenceError,
+    EmulationError,
+    MisalignedError,
+    OutOfRangeError,
+    PrecisionError,
+    UninitialisedError,
+)
 
 try:
     from greenlet import getcurrent, greenlet
@@ -43,47 +52,10 @@ cuda = toolchain.import_cuda()
 from numba.cuda import types  # noqa: E402
 from numba.cuda.np import numpy_support  # noqa: E402
 
-WARP = 32
 _FULL = (1 << WARP) - 1
 # Shared memory lies below this address, arrays of global memory above it, so far apart that no overrun meets the next.
 _GLOBAL_BASE, _GAP = 1 << 24, 1 << 16
 _STATIC_LIMIT = 48 * 1024
-# A log entry is address << _SITE_BITS | site; a negative one says that the warp has met at a syncwarp.
-_SITE_BITS = 16
-_MET = -1
-_READ, _WRITE, _ISSUE, _ARRIVAL = range(4)
-
-
-class EmulationError(FastconvError, RuntimeError):
-    """A kernel did what a GPU would punish or, worse, forgive."""
-
-
-class OutOfRangeError(EmulationError):
-    """An access outside an array."""
-
-
-class MisalignedError(EmulationError):
-    """An access at an address that is no multiple of its size."""
-
-
-class DivergenceError(EmulationError):
-    """Threads of a warp, or of a block, wait in different places where all must be in one."""
-
-
-class DeadlockError(EmulationError):
-    """Threads wait for others that have ended."""
-
-
-class UninitialisedError(EmulationError):
-    """A read of memory that was never written, or that an asynchronous copy has not filled yet."""
-
-
-class RaceError(EmulationError):
-    """Two threads at one address, one of them writing, with no barrier between."""
-
-
-class PrecisionError(EmulationError):
-    """A whole number that its type cannot hold."""
 
 
 def emulate(
@@ -143,78 +115,6 @@ def _triple(sizes: int | Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-# --- what was counted ------------------------------------------------------------------------------------------
-
-
-class Site(NamedTuple):
-    """One instruction that accesses memory."""
-
-    code: Any
-    line: int
-    nbytes: int
-    kind: int
-    shared: bool
-
-    def __str__(self) -> str:
-        return f"{Path(self.code.co_filename).name}:{self.line}"
-
-
-@dataclass
-class Access:
-    """What one source line does to one memory: `requests` of warps, and their cost beside the least possible.
-
-    The cost is 32-byte sectors of global memory, or passes over the banks of shared memory.
-    """
-
-    where: str
-    line: int
-    memory: str
-    write: bool
-    nbytes: int
-    requests: int = 0
-    cost: int = 0
-    ideal: int = 0
-
-
-@dataclass
-class Report:
-    """What a launch did to memory.
-
-    Attributes
-    ----------
-    accesses : list of Access
-        In the order of first execution, one for each line, memory, direction and width.
-    shared_bytes : int
-        Shared memory of one block, static and dynamic.
-    """
-
-    kernel: str
-    blocks: int
-    threads: int
-    shared_bytes: int
-    accesses: list[Access] = field(default_factory=list)
-
-    @property
-    def sectors(self) -> int:
-        """32-byte sectors moved between global memory and the multiprocessors, caches aside."""
-        return sum(a.cost for a in self.accesses if a.memory == "global")
-
-    @property
-    def bank_conflicts(self) -> int:
-        """Passes over the banks of shared memory beyond those needed."""
-        return sum(a.cost - a.ideal for a in self.accesses if a.memory == "shared")
-
-    def table(self) -> str:
-        """Return the accesses as text: bytes per thread, requests, and cost per request beside the least possible."""
-        lines = [f"{self.kernel}: {self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes shared"]
-        lines.append(f"{'line':<24}{'memory':<8}{'access':<8}{'bytes':>6}{'requests':>10}{'cost':>8}{'ideal':>8}")
-        for a in self.accesses:
-            cost, ideal = a.cost / a.requests, a.ideal / a.requests
-            does = "write" if a.write else "read"
-            lines.append(f"{a.where:<24}{a.memory:<8}{does:<8}{a.nbytes:>6}{a.requests:>10}{cost:>8.2f}{ideal:>8.2f}")
-        return "\n".join(lines)
-
-
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
@@ -257,34 +157,34 @@ class Pointer:
         if not 0 <= at < self.size:
             self._check(at, 1)
         frame = sys._getframe(1)
-        self._log(at, self._item, _READ, frame)
+        self._log(at, self._item, READ, frame)
         return self._data.item(at) if self._is_integer else self._data[at]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         at = index if type(index) is int and len(self._shape) == 1 else self._flat_index(index)
         if not 0 <= at < self.size:
             self._check(at, 1)
-        self._log(at, self._item, _WRITE, sys._getframe(1))
+        self._log(at, self._item, WRITE, sys._getframe(1))
         self._data[at] = value
 
     def read(self, at: int, count: int, lane: Lane) -> tuple[Any, ...]:
         """Return `count` elements as one access."""
         self._check(at, count, count)
-        self._log(at, self._item * count, _READ, lane.frame)
+        self._log(at, self._item * count, READ, lane.frame)
         part = self._data[at : at + count]
         return tuple(part.tolist() if self._is_integer else part)
 
     def write(self, at: int, values: Sequence[Any], lane: Lane) -> None:
         """Write elements as one access."""
         self._check(at, len(values), len(values))
-        self._log(at, self._item * len(values), _WRITE, lane.frame)
+        self._log(at, self._item * len(values), WRITE, lane.frame)
         self._data[at : at + len(values)] = values
 
     def read_bytes(self, at: int, nbytes: int, lane: Lane) -> bytes:
         """Return `nbytes` bytes from an element on as one access."""
         count = nbytes // self._item
         self._check(at, count, count)
-        self._log(at, nbytes, _READ, lane.frame)
+        self._log(at, nbytes, READ, lane.frame)
         return self._bytes[at * self._item : at * self._item + nbytes].tobytes()
 
     def _flat_index(self, index: Any) -> int:
@@ -313,7 +213,7 @@ class Pointer:
         site = machine.site_numbers.get(key)
         if site is None:
             site = machine.new_site(key, frame)
-        machine.lane.log.append((self.base + at * self._item) << _SITE_BITS | site)
+        machine.lane.log.append((self.base + at * self._item) << SITE_BITS | site)
 
 
 class Local(dict):
@@ -469,11 +369,11 @@ class Lane:
             source._check(start, valid // source._item)
             source._check(start, 0, count)
             data = source._bytes[start * source._item :][:valid].tobytes() + data[valid:]
-            source._log(start, size, _READ, self.frame)
+            source._log(start, size, READ, self.frame)
         first = at * target._item
         target._bytes[first : first + size] = 0xFF
         self.machine.valid[target.base + first : target.base + first + size] = False
-        target._log(at, size, _ISSUE, self.frame)
+        target._log(at, size, ISSUE, self.frame)
         self.queue.append((target, at, np.frombuffer(data, np.uint8)))
 
     def copy_commit(self) -> None:
@@ -488,7 +388,7 @@ class Lane:
                 first = at * target._item
                 target._bytes[first : first + data.size] = data
                 self.machine.valid[target.base + first : target.base + first + data.size] = True
-                target._log(at, data.size, _ARRIVAL, self.frame)
+                target._log(at, data.size, ARRIVAL, self.frame)
 
 
 class _Machine:
@@ -510,7 +410,7 @@ class _Machine:
         self.dynamic_place: int | None = None
         self._copies: dict[int, Any] = {}
         self._fake = _Cuda(self)
-        self.ledger = _Ledger(self)
+        self.ledger = Ledger(self)
         self.function = self.emulated(function)
         # NumPy's error state is a context variable, and a greenlet begins with an empty context.
         self.context = contextvars.copy_context()
@@ -695,7 +595,7 @@ class _Machine:
         results = wait.combine([lane.wait.payload for lane in members])  # type: ignore[union-attr]
         if wait.operation == "syncwarp" and len(members) == min(WARP, self.threads - members[0].thread):
             for lane in members:
-                lane.log.append(_MET)
+                lane.log.append(MET)
         for lane, result in self._shuffled(list(zip(members, results))):
             lane.wait = None
             self._resume(lane, result)
@@ -708,7 +608,7 @@ class _Machine:
         elif not others:
             others.add("their masks differ, or name lanes that are not there")
         kind = DeadlockError if others == {"has ended"} else DivergenceError
-        return kind(f"{self._place(lane)}: {lane.wait} is not reached by all its lanes: {'; '.join(sorted(others))}")
+        return kind(f"{self.place_of(lane)}: {lane.wait} is not reached by all its lanes: {'; '.join(sorted(others))}")
 
     def _pass_barrier(self, lanes: list[Lane]) -> bool:
         """Let all threads pass a barrier of the block; return False if they have ended."""
@@ -720,13 +620,13 @@ class _Machine:
         if len(waiting) < len(lanes):
             ended = next(lane for lane in lanes if lane.wait is None)
             raise DeadlockError(
-                f"{self._place(waiting[0])}: {wait} waits for {len(lanes) - len(waiting)} threads that have ended, "
+                f"{self.place_of(waiting[0])}: {wait} waits for {len(lanes) - len(waiting)} threads that have ended, "
                 f"such as thread {tuple(ended.threadIdx)}"
             )
         for lane in waiting:
             if lane.wait.place != wait.place:  # type: ignore[union-attr]
                 raise DivergenceError(
-                    f"{self._place(waiting[0])}: waits in {wait}, thread {tuple(lane.threadIdx)} in {lane.wait}"
+                    f"{self.place_of(waiting[0])}: waits in {wait}, thread {tuple(lane.threadIdx)} in {lane.wait}"
                 )
         for lane in self._shuffled(lanes):
             lane.wait = None
@@ -735,7 +635,7 @@ class _Machine:
 
     # words
 
-    def _place(self, lane: Lane, code: Any = None, line: int = 0) -> str:
+    def place_of(self, lane: Lane, code: Any = None, line: int = 0) -> str:
         where = f", {Path(code.co_filename).name}:{line}" if code else ""
         return f"{self.name}, block {tuple(self.blockIdx)}, thread {tuple(lane.threadIdx)}{where}"
 
@@ -751,7 +651,7 @@ class _Machine:
         if lane.ended and getattr(error, "located", False):
             return error
         text = str(error) if isinstance(error, EmulationError) else f"{type(error).__name__}: {error}"
-        return kind(f"{self._place(lane, code, line)}: {text}")
+        return kind(f"{self.place_of(lane, code, line)}: {text}")
 
     def report(self) -> Report:
         """Return what the launch did to memory."""
@@ -910,259 +810,3 @@ def _shuffle(payloads: list[tuple[int, Any, int]]) -> list[Any]:
 
 def _ballot(payloads: list[tuple[int, bool]]) -> list[int]:
     return [sum(1 << lane for lane, holds in payloads if holds)] * len(payloads)
-
-
-# --- what the log tells ----------------------------------------------------------------------------------------
-
-
-class _Ledger:
-    """Reads the logs of all threads at each barrier: races, poison, sectors and bank conflicts."""
-
-    def __init__(self, machine: _Machine) -> None:
-        self._machine = machine
-        self._counts: dict[int, np.ndarray] = {}
-        self._units: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def settle(self, lanes: list[Lane]) -> None:
-        """Judge what was done since the last barrier, and forget it."""
-        machine = self._machine
-        sizes = [len(lane.log) for lane in lanes]
-        if not any(sizes):
-            return
-        entries = np.array([entry for lane in lanes for entry in lane.log], np.int64)
-        threads = np.repeat(np.arange(len(lanes)), sizes)
-        for lane in lanes:
-            lane.log = []
-        met = entries == _MET
-        # How often the warp has met before, counted within each thread.
-        starts = np.cumsum([0, *sizes[:-1]])
-        before = np.concatenate([[0], np.cumsum(met)])
-        turns = before[1:] - np.repeat(before[starts], sizes)
-        kept = ~met
-        log = _Log(machine.sites, entries[kept], threads[kept], turns[kept])
-        self._judge(log.part(log.shared), "shared memory")
-        self._judge(log.part(~log.shared), "global memory")
-        self._count(log)
-
-    def _judge(self, log: _Log, memory: str) -> None:
-        if not log.address.size:
-            return
-        units = log.units()
-        if memory == "shared memory":
-            self._check_written(units)
-        else:
-            self._remember(units)
-        warps = units.thread // WARP
-        self._refuse(units, units.place, warps, memory)
-        extent = int(units.turn.max()) + 1
-        if extent > 1:
-            self._refuse(units, units.place * extent + units.turn, units.thread, memory, warps)
-        else:
-            self._refuse(units, units.place, units.thread, memory, warps)
-
-    def _refuse(self, units: _Units, place: np.ndarray, actor: np.ndarray, memory: str, apart: Any = None) -> None:
-        """Raise if two actors are at one place and one of them writes."""
-        conflict = _conflicts(place, actor, units.write)
-        if not conflict.any():
-            return
-        at = place == place[np.flatnonzero(conflict)[0]]
-        writer = np.flatnonzero(at & units.write)[0]
-        other = np.flatnonzero(at & (actor != actor[writer]))[0]
-        lanes, sites = self._machine.lanes, self._machine.sites
-        does = "writes" if units.write[other] else "reads"
-        raise RaceError(
-            f"{self._machine._place(lanes[units.thread[writer]])} writes {memory} at {sites[units.site[writer]]} where "
-            f"thread {tuple(lanes[units.thread[other]].threadIdx)} {does} it at {sites[units.site[other]]}, "
-            f"with no barrier between"
-        )
-
-    def _check_written(self, units: _Units) -> None:
-        machine = self._machine
-        first = units.place * units.size
-        fresh = machine.valid_before.copy()
-        for byte in range(units.size):
-            fresh[first[(units.kind == _WRITE) | (units.kind == _ARRIVAL)] + byte] = True
-            machine.valid[first[units.kind == _WRITE] + byte] = True
-        unknown = (units.kind == _READ) & ~fresh[first]
-        machine.valid_before = machine.valid.copy()
-        if unknown.any():
-            at = np.flatnonzero(unknown)[0]
-            lane, site = machine.lanes[units.thread[at]], machine.sites[units.site[at]]
-            raise UninitialisedError(
-                f"{machine._place(lane, site.code, site.line)}: byte {first[at]} of shared memory is read before it is "
-                f"written, or before a copy to it is waited for"
-            )
-
-    def _remember(self, units: _Units) -> None:
-        """Keep what a block does to global memory: no other block may meet it there."""
-        block = self._machine.blockIdx
-        number = (block.z * self._machine.grid.y + block.y) * self._machine.grid.x + block.x
-        # In units of one byte times its size: intervals may differ in their granularity.
-        for byte in range(units.size):
-            self._units.append((units.place * units.size + byte, np.full(units.place.size, number), units.write))
-
-    def finish(self) -> None:
-        """Refuse blocks that meet in global memory, one of them writing."""
-        if self._machine.grid == (1, 1, 1) or not self._units:
-            return
-        place, block, write = (np.concatenate(parts) for parts in zip(*self._units))
-        conflict = _conflicts(place, block, write)
-        if conflict.any():
-            at = place == place[np.flatnonzero(conflict)[0]]
-            blocks = sorted(set(block[at].tolist()))
-            first, second = blocks[:2]
-            raise RaceError(f"{self._machine.name}: blocks number {first} and {second} write, or write and read, "
-                            f"the same place in global memory")  # fmt: skip
-
-    # counting
-
-    def _count(self, log: _Log) -> None:
-        requests = log.requests()
-        for shared in (True, False):
-            chosen = log.shared == shared
-            chosen &= log.kind != _ARRIVAL
-            if chosen.any():
-                self._add(log.part(chosen), requests[chosen], shared)
-
-    def _add(self, log: _Log, request: np.ndarray, shared: bool) -> None:
-        cost, ideal = (_passes if shared else _sectors)(log, request)
-        first = np.unique(request, return_index=True)[1]
-        site = log.site[first]
-        for number in np.unique(site):
-            here = site == number
-            counts = np.array([here.sum(), cost[here].sum(), ideal[here].sum()])
-            self._counts[int(number)] = self._counts.get(int(number), np.zeros(3, np.int64)) + counts
-
-    def accesses(self) -> list[Access]:
-        """Return the counts by line."""
-        found: dict[tuple[Any, ...], Access] = {}
-        for number in sorted(self._counts):
-            site = self._machine.sites[number]
-            key = (str(site), site.shared, site.kind == _READ, site.nbytes)
-            memory = "shared" if site.shared else "global"
-            access = found.setdefault(key, Access(str(site), site.line, memory, site.kind != _READ, site.nbytes))
-            requests, cost, ideal = map(int, self._counts[number])
-            access.requests, access.cost, access.ideal = (
-                access.requests + requests,
-                access.cost + cost,
-                access.ideal + ideal,
-            )
-        return list(found.values())
-
-
-class _Units(NamedTuple):
-    """Accesses cut into pieces of one size: a place is an address over that size."""
-
-    size: int
-    place: np.ndarray
-    thread: np.ndarray
-    turn: np.ndarray
-    site: np.ndarray
-    kind: np.ndarray
-    write: np.ndarray
-
-
-class _Log:
-    """The log of a block since the last barrier, as columns."""
-
-    def __init__(self, sites: list[Site], entries: np.ndarray, thread: np.ndarray, turn: np.ndarray) -> None:
-        self.address, self.site = entries >> _SITE_BITS, entries & ((1 << _SITE_BITS) - 1)
-        self.thread, self.turn = thread, turn
-        table = np.array([(s.nbytes, s.kind, s.shared) for s in sites])
-        self.nbytes, self.kind, shared = table[self.site].T
-        self.shared = shared.astype(bool)
-
-    def part(self, chosen: np.ndarray) -> _Log:
-        """Return some of the rows."""
-        part = object.__new__(_Log)
-        for name, column in vars(self).items():
-            setattr(part, name, column[chosen])
-        return part
-
-    def units(self) -> _Units:
-        """Cut accesses into the largest pieces that fit all of them."""
-        every = int(np.bitwise_or.reduce(self.address | self.nbytes))
-        size = min(every & -every, 16)
-        counts = self.nbytes // size
-        rows = np.repeat(np.arange(self.address.size), counts)
-        steps = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        kind = self.kind[rows]
-        return _Units(
-            size, self.address[rows] // size + steps, self.thread[rows], self.turn[rows], self.site[rows], kind,
-            kind != _READ,
-        )  # fmt: skip
-
-    def requests(self) -> np.ndarray:
-        """Number the accesses so that those of a warp's lanes which go together have one number.
-
-        They do if they are the same lane's same-numbered execution of the same instruction: a lane that leaves one out
-        is counted with the wrong ones from there to the next barrier.
-        """
-        order = np.lexsort((np.arange(self.site.size), self.site, self.thread))
-        site, thread = self.site[order], self.thread[order]
-        new = np.ones(site.size, bool)
-        new[1:] = (site[1:] != site[:-1]) | (thread[1:] != thread[:-1])
-        starts = np.flatnonzero(new)
-        nth = np.arange(site.size) - np.repeat(starts, np.diff([*starts, site.size]))
-        occurrence = np.empty_like(nth)
-        occurrence[order] = nth
-        most = int(nth.max()) + 1
-        sites = int(self.site.max()) + 1
-        return ((self.thread // WARP) * most + occurrence) * sites + self.site
-
-
-def _conflicts(place: np.ndarray, actor: np.ndarray, write: np.ndarray) -> np.ndarray:
-    """Return which accesses are at a place where another actor is too, and somebody writes."""
-    _, where = (
-        np.unique(place, return_inverse=True) if place.max() - place.min() > 1 << 22 else (None, place - place.min())
-    )
-    owner = np.empty(int(where.max()) + 1, np.int64)
-    mixed, written = np.zeros((2, owner.size), bool)
-    owner[where] = actor
-    mixed[where[owner[where] != actor]] = True
-    written[where[write]] = True
-    return (mixed & written)[where]
-
-
-def _distinct(*columns: np.ndarray) -> np.ndarray:
-    """Return one column that numbers the rows of several, as small numbers."""
-    total = np.zeros(columns[0].size, np.int64)
-    for column in columns:
-        _, small = np.unique(column, return_inverse=True)
-        total = total * (int(small.max()) + 1) + small
-    return total
-
-
-def _per_request(request: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return, for each request in ascending order, how many different keys it has."""
-    pairs = np.unique(np.stack([request, keys]), axis=1)[0]
-    return np.unique(pairs, return_counts=True)[1]
-
-
-def _sectors(log: _Log, request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 32-byte sectors that each request touches, and the least that could hold its bytes."""
-    cost = _per_request(request, log.address // 32)
-    places = _per_request(request, log.address)
-    nbytes = log.nbytes[np.unique(request, return_index=True)[1]]
-    return cost, -(-places * nbytes // 32)
-
-
-def _passes(log: _Log, request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the passes over 32 banks of 4 bytes for each request, and the least that could do.
-
-    A pass serves 32 lanes of 4 bytes, 16 of 8 or 8 of 16; lanes at the same word share it.
-    """
-    words = np.maximum(log.nbytes // 4, 1)
-    rows = np.repeat(np.arange(log.address.size), words)
-    step = np.arange(rows.size) - np.repeat(np.cumsum(words) - words, words)
-    word = log.address[rows] // 4 + step
-    phase = log.thread[rows] % WARP // np.maximum(WARP // words[rows], 1)
-    group = request[rows] * WARP + phase
-    distinct = np.unique(np.stack([group, word]), axis=1)
-    banks, depth = np.unique(np.stack([distinct[0], distinct[1] % 32]), axis=1, return_counts=True)
-    groups, first = np.unique(banks[0], return_index=True)
-    passes = np.maximum.reduceat(depth, first)
-    requests, starts = np.unique(groups // WARP, return_index=True)
-    cost = np.add.reduceat(passes, starts)
-    ideal = np.add.reduceat(np.ones_like(passes), starts)
-    return cost, ideal

@@ -10,7 +10,7 @@ from numba import cuda
 from numba.cuda.types import float32, int32, uint32
 
 import fastconv
-from fastconv.cuda import emulator, ptx
+from fastconv.cuda import faults, ptx
 from fastconv.cuda.emulator import emulate
 
 RANDOM = np.random.default_rng(5)
@@ -75,7 +75,7 @@ MISTAKES = {
     "swizzle on one side": ("base + M * K + swizzled(row, chunk)", "base + M * K + row * K + chunk * 8"),
     "no zero fill": ("int32(16) if m_row < m and column < k else int32(0)", "int32(16)"),
     "divergent mma": (HALVES, HALVES.replace("(2)", "(2 if lane < 16 else 1)", 1)),
-    "misaligned copy": ("b, int32(n_row * k + column)", "b, int32(n_row * k + column + 1)"),
+    "misaligned copy": ("int32(n_row * k + column)", "int32(n_row * k + column + 1)"),
     "stage overwritten too early": ("read, write = int32(0), int32(ahead)", "read, write = int32(0), int32(0)"),
     "race of stores": (COLUMN, COLUMN.replace("(lane & int32(3))", "int32(0)")),
     "sums not cleared": ("        for i in range(32):\n            sums[i] = float32(0)\n", ""),
@@ -96,19 +96,19 @@ def mistaken(name):
 
 
 CAUGHT_AS = {
-    "barrier removed": emulator.EmulationError,
-    "wait removed": emulator.UninitialisedError,
-    "wait too weak": emulator.EmulationError,
-    "row guard dropped": emulator.OutOfRangeError,
-    "column guard dropped": emulator.EmulationError,
+    "barrier removed": faults.EmulationError,
+    "wait removed": faults.UninitialisedError,
+    "wait too weak": faults.EmulationError,
+    "row guard dropped": faults.OutOfRangeError,
+    "column guard dropped": faults.EmulationError,
     "swizzle on one side": AssertionError,
-    "no zero fill": emulator.OutOfRangeError,
-    "divergent mma": emulator.DivergenceError,
-    "misaligned copy": emulator.EmulationError,
-    "stage overwritten too early": emulator.EmulationError,
-    "race of stores": emulator.RaceError,
-    "sums not cleared": emulator.UninitialisedError,
-    "too little shared memory": emulator.OutOfRangeError,
+    "no zero fill": faults.OutOfRangeError,
+    "divergent mma": faults.DivergenceError,
+    "misaligned copy": faults.EmulationError,
+    "stage overwritten too early": faults.EmulationError,
+    "race of stores": faults.RaceError,
+    "sums not cleared": faults.UninitialisedError,
+    "too little shared memory": faults.OutOfRangeError,
 }
 
 
@@ -202,20 +202,20 @@ def unaligned_shared(x, out):
 
 
 FAULTS = [
-    (negative_index, emulator.OutOfRangeError, r"thread \(0, 0, 0\), test_emulator.py:\d+: x\[-1\] is outside its 32"),
-    (past_the_end, emulator.OutOfRangeError, r"block \(0, 0, 0\), thread \(31, 0, 0\).*out\[32\]"),
-    (misaligned, emulator.MisalignedError, "x.1:3. is no multiple of 8 bytes"),
-    (no_barrier, emulator.RaceError, "writes shared memory .* reads it .* with no barrier between"),
-    (write_after_read, emulator.RaceError, "shared memory"),
-    (never_written, emulator.UninitialisedError, r"thread \(31, 0, 0\).*read before it is written"),
-    (local_never_written, emulator.UninitialisedError, r"local array \[1\] is read and was never written"),
-    (barrier_in_a_branch, emulator.DivergenceError, "syncthreads at test_emulator.py"),
-    (barrier_after_return, emulator.DeadlockError, r"ended, such as thread \(3, 0, 0\)"),
-    (shuffle_in_a_branch, emulator.DeadlockError, "shfl_sync .* is not reached by all its lanes: has ended"),
-    (lane_outside_its_mask, emulator.DivergenceError, "leaves out the lane 16"),
-    (two_writers, emulator.RaceError, "writes global memory"),
-    (int32_overflow, emulator.PrecisionError, r"int32\(4900000000\) loses bits"),
-    (unaligned_shared, emulator.MisalignedError, "multiple of 16 bytes"),
+    (negative_index, faults.OutOfRangeError, r"thread \(0, 0, 0\), test_emulator.py:\d+: x\[-1\] is outside its 32"),
+    (past_the_end, faults.OutOfRangeError, r"block \(0, 0, 0\), thread \(31, 0, 0\).*out\[32\]"),
+    (misaligned, faults.MisalignedError, "x.1:3. is no multiple of 8 bytes"),
+    (no_barrier, faults.RaceError, "writes shared memory .* reads it .* with no barrier between"),
+    (write_after_read, faults.RaceError, "shared memory"),
+    (never_written, faults.UninitialisedError, r"thread \(31, 0, 0\).*read before it is written"),
+    (local_never_written, faults.UninitialisedError, r"local array \[1\] is read and was never written"),
+    (barrier_in_a_branch, faults.DivergenceError, "syncthreads at test_emulator.py"),
+    (barrier_after_return, faults.DeadlockError, r"ended, such as thread \(3, 0, 0\)"),
+    (shuffle_in_a_branch, faults.DeadlockError, "shfl_sync .* is not reached by all its lanes: has ended"),
+    (lane_outside_its_mask, faults.DivergenceError, "leaves out the lane 16"),
+    (two_writers, faults.RaceError, "writes global memory"),
+    (int32_overflow, faults.PrecisionError, r"int32\(4900000000\) loses bits"),
+    (unaligned_shared, faults.MisalignedError, "multiple of 16 bytes"),
 ]
 
 
@@ -230,7 +230,7 @@ def test_blocks_that_write_one_place_are_refused():
         if cuda.threadIdx.x == 0:
             out[0] = x[0]
 
-    with pytest.raises(emulator.RaceError, match="blocks number 0 and 1"):
+    with pytest.raises(faults.RaceError, match="blocks number 0 and 1"):
         emulate(kernel, 2, 32, np.ones(1, np.float32), np.ones(1, np.float32))
 
 
@@ -238,11 +238,11 @@ def test_limits_of_the_architecture_hold():
     arguments = np.ones(4, np.float32), np.ones(4, np.float32)
     with pytest.raises(fastconv.UnsupportedError, match=r"copy_.* needs sm_80 or later, not sm_75"):
         run_gemm(kernels.gemm(3), 64, 64, 32, architecture="sm_75")
-    with pytest.raises(emulator.EmulationError, match="102400 bytes of shared memory; sm_86 has 101376"):
+    with pytest.raises(faults.EmulationError, match="102400 bytes of shared memory; sm_86 has 101376"):
         emulate(two_writers, 1, 1, *arguments, shared_bytes=100 * 1024, architecture="sm_86")
     with pytest.raises(fastconv.ArgumentError, match="architecture must be one of"):
         emulate(two_writers, 1, 1, *arguments, architecture="sm_70")
-    with pytest.raises(emulator.EmulationError, match="1 to 1024 threads, not 2048"):
+    with pytest.raises(faults.EmulationError, match="1 to 1024 threads, not 2048"):
         emulate(two_writers, 1, (1024, 2), *arguments)
 
 
@@ -250,7 +250,7 @@ def test_what_is_not_emulated_says_so():
     def kernel(x):
         cuda.nanosleep(x)
 
-    with pytest.raises(emulator.EmulationError, match=r"cuda.nanosleep is not emulated"):
+    with pytest.raises(faults.EmulationError, match=r"cuda.nanosleep is not emulated"):
         emulate(kernel, 1, 1, 3)
 
 
