@@ -446,7 +446,7 @@ def budget(compiled: CompiledKernel, registers: int, expected: Sequence[str] = (
     return faults
 
 
-_DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|(F2F|I2F|F2I|FRND|MUFU)\S*64")
+_DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|(F2F|I2F|F2I|FRND)\S*F64|MUFU\S*64H")
 
 
 # --- the disk --------------------------------------------------------------------------------------------------
