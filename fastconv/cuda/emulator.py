@@ -592,7 +592,10 @@ class _Machine:
         raise self._stuck(warp, waiting[0])
 
     def _carry_out(self, wait: _Wait, members: list[Lane]) -> None:
-        results = wait.combine([lane.wait.payload for lane in members])  # type: ignore[union-attr]
+        try:
+            results = wait.combine([lane.wait.payload for lane in members])  # type: ignore[union-attr]
+        except EmulationError as error:
+            raise type(error)(f"{self.place_of(members[0])}: {wait}: {error}") from None
         if wait.operation == "syncwarp" and len(members) == min(WARP, self.threads - members[0].thread):
             for lane in members:
                 lane.log.append(MET)
@@ -648,8 +651,6 @@ class _Machine:
                 code, line = place.tb_frame.f_code, place.tb_lineno
             place = place.tb_next
         kind = type(error) if isinstance(error, EmulationError) else EmulationError
-        if lane.ended and getattr(error, "located", False):
-            return error
         text = str(error) if isinstance(error, EmulationError) else f"{type(error).__name__}: {error}"
         return kind(f"{self.place_of(lane, code, line)}: {text}")
 

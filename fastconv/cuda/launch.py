@@ -144,7 +144,7 @@ def loaded(using: Any, compiled: CompiledKernel, shared_bytes: int) -> Any:
             f"{compiled.name} needs {shared_bytes} bytes of shared memory; "
             f"{target.name} gives a block {target.shared_limit}"
         )
-    key = (id(using), hash(compiled.cubin), compiled.entry, device)
+    key = (id(using), compiled.cubin, compiled.entry, device)
     if key not in _loaded:
         _loaded[key] = using.load(compiled.cubin, compiled.entry), [_USUAL_SHARED]
     kernel, allowed = _loaded[key]

@@ -201,7 +201,17 @@ def unaligned_shared(x, out):
     out[t] = ptx.load4(row, int32(4 * t))[0]
 
 
+def shuffle_from_outside(x, out):
+    if cuda.threadIdx.x < 16:
+        out[int32(cuda.threadIdx.x)] = cuda.shfl_sync(0xFFFF, x[0], 20)
+
+
 FAULTS = [
+    (
+        shuffle_from_outside,
+        faults.DivergenceError,
+        r"thread \(0, 0, 0\): shfl_sync at test_emulator.py:\d+: .* lane 20",
+    ),
     (negative_index, faults.OutOfRangeError, r"thread \(0, 0, 0\), test_emulator.py:\d+: x\[-1\] is outside its 32"),
     (past_the_end, faults.OutOfRangeError, r"block \(0, 0, 0\), thread \(31, 0, 0\).*out\[32\]"),
     (misaligned, faults.MisalignedError, "x.1:3. is no multiple of 8 bytes"),
