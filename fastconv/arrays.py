@@ -259,6 +259,54 @@ def lift(array: np.ndarray, data_format: str) -> np.ndarray:
     return array.reshape(array.shape[:at] + (1,) * missing + array.shape[at:])
 
 
+def device_address(name: str, value: Any) -> int:
+    """Return the address of a C-contiguous array's first element in the memory of a GPU.
+
+    From PyTorch's `data_ptr`, `__cuda_array_interface__` (CuPy, Numba) or DLPack, in this order.
+    """
+    if TorchArrays.owns(value):
+        if value.device.type != "cuda":
+            raise ArgumentTypeError(f"{name} must be on a GPU, not on {value.device}")
+        if not value.is_contiguous():
+            raise ArgumentTypeError(f"{name} must be C-contiguous")
+        return int(value.data_ptr())
+    interface = getattr(value, "__cuda_array_interface__", None)
+    if interface is not None:
+        if interface.get("strides") is not None and not _is_contiguous(interface):
+            raise ArgumentTypeError(f"{name} must be C-contiguous")
+        return int(interface["data"][0])
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+        from cuda.core.utils import StridedMemoryView
+
+        view = StridedMemoryView.from_dlpack(value, stream_ptr=-1)
+        if not view.is_device_accessible:
+            raise ArgumentTypeError(f"{name} must be on a GPU")
+        if view.strides is not None and tuple(view.strides) != _strides(view.shape, 1):
+            raise ArgumentTypeError(f"{name} must be C-contiguous")
+        return int(view.ptr)
+    raise ArgumentTypeError(f"{name} must be an array on a GPU, not {type(value).__name__}")
+
+
+def _is_contiguous(interface: dict[str, Any]) -> bool:
+    itemsize = np.dtype(interface["typestr"]).itemsize
+    return tuple(interface["strides"]) == _strides(interface["shape"], itemsize)
+
+
+def _strides(shape: Any, step: int) -> tuple[int, ...]:
+    return tuple(step * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def stream_handle(value: Any) -> int:
+    """Return the handle of the stream on which an array's library works at present; 0 is the default stream."""
+    if TorchArrays.owns(value):
+        return int(sys.modules["torch"].cuda.current_stream(value.device).cuda_stream)
+    if CupyArrays.owns(value):
+        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    # The interface's 1 is the legacy default stream, 2 the one of each thread.
+    stream = getattr(value, "__cuda_array_interface__", {}).get("stream") or 0
+    return 0 if stream == 1 else int(stream)
+
+
 def overlap(out: np.ndarray, *inputs: np.ndarray | None) -> bool:
     """Return True if `out` may share memory with an input."""
     return any(a is not None and np.may_share_memory(out, a) for a in inputs)

@@ -241,14 +241,18 @@ def _blas() -> list[dict[str, Any]]:
 
 
 def _gpu() -> dict[str, Any]:
+    from .cuda import toolchain
+
     devices, problem = _cuda_devices()
+    tools = toolchain.installed()
     missing = [name for name in ("cupy", "numba-cuda") if _version(name) is None]
     reasons = ["this version has no CUDA kernels yet"]
     if problem:
         reasons.append(problem)
     if missing:
         reasons.append(f"{' and '.join(missing)} not installed (pip install 'fastconv[cuda12]' or 'fastconv[cuda13]')")
-    return {"in_use": False, "devices": devices, "why": "; ".join(reasons)}
+    compiler = {"versions": tools, "problem": toolchain.problem(tools)}
+    return {"in_use": False, "devices": devices, "compiler": compiler, "why": "; ".join(reasons)}
 
 
 def _cuda_devices() -> tuple[list[str], str]:
@@ -348,7 +352,7 @@ def render(found: dict[str, Any]) -> str:
         "libraries": [(name, version or _absence(name)) for name, version in found["versions"].items()],
         "CPU": _cpu_lines(found["cpu"]),
         "threads": _thread_lines(found["threads"], found["blas"]),
-        "GPU": [("in use", "no"), ("devices", ", ".join(found["gpu"]["devices"]) or "none")],
+        "GPU": _gpu_lines(found["gpu"]),
         "compiled kernels": _cache_lines(found["cache"]),
         "measured times": [("file", found["tuning"]["file"]), ("convolutions", found["tuning"]["entries"])],
         "options": [(name, f"{o['value']!r} ({o['from']})") for name, o in found["options"].items()],
@@ -361,6 +365,18 @@ def render(found: dict[str, Any]) -> str:
 
 def _absence(name: str) -> str:
     return f"not installed (pip install 'fastconv[{LIBRARIES[name]}]')"
+
+
+def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
+    """What compiles kernels needs no GPU: it is shown beside the devices."""
+    versions, problem = gpu["compiler"]["versions"], gpu["compiler"]["problem"]
+    names = [f"{name} {version or 'not found as a distribution'}" for name, version in versions.items()]
+    return [
+        ("in use", "no"),
+        ("devices", ", ".join(gpu["devices"]) or "none"),
+        ("toolchain", ", ".join(names)),
+        ("kernels", problem or "can be compiled"),
+    ]
 
 
 def _cpu_lines(cpu: dict[str, Any]) -> list[tuple[str, str]]:

@@ -148,6 +148,17 @@ class Nvml:
         return 0
 
 
+def test_the_cuda_toolchain_is_shown_and_what_does_not_fit_explained(monkeypatch):
+    from fastconv.cuda import toolchain
+
+    found = info.collect()
+    assert found["gpu"]["compiler"] == {"versions": toolchain.installed(), "problem": ""}
+    assert "kernels         can be compiled" in info.render(found)
+    there = {**toolchain.installed(), "libnvvm": "13.4.1", "nvJitLink": "13.0.88"}
+    monkeypatch.setattr(toolchain, "installed", lambda: there)
+    assert "nvJitLink 13.0.88 cannot read the code of libnvvm 13.4.1" in info.render(info.collect())
+
+
 def test_gpus_are_named_or_their_absence_explained(monkeypatch):
     nvml = Nvml()
     monkeypatch.setattr(info.ctypes, "CDLL", lambda name: nvml)
