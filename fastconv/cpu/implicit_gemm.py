@@ -35,8 +35,9 @@ CALL_SECONDS, TILE_SHARE = 20e-6, 0.97
 BEFORE_MASKS = -9
 # Elements of a weight that are packed before a second thread has woken.
 SERIAL_WEIGHT = 16 * 1024
-# Bytes of a weight's gradient beyond which a copy for each thread leaves its cache too often.
-SHARED_BYTES = 256 * 1024
+# Bytes of a weight's gradient beyond which a copy for each thread leaves its cache too often, and panels that are worth
+# each thread's reading the whole input.
+SHARED_BYTES, SHARED_PANELS = 256 * 1024, 8
 # Bytes of output beyond which it is not kept in the caches: a quarter of a third-level cache.
 STREAMED = 8 * 1024 * 1024
 
@@ -117,7 +118,8 @@ def _split(g, plan):
     """Share out a gradient that is large, or larger than the input, which every thread then reads."""
     count, number = _chunks(g), g.groups * plan.panels
     size = number * len(plan.products) * plan.tile.width
-    shared = size * plan.itemsize >= SHARED_BYTES or size > g.batch * g.in_channels * prod(g.input_size)
+    large = size * plan.itemsize >= SHARED_BYTES and number >= SHARED_PANELS
+    shared = large or size > g.batch * g.in_channels * prod(g.input_size)
     # Few panels are cut, so that each thread has as much to do.
     segments = count if shared and number % count and number < 8 * count else 1
     jobs = plan.jobs if shared else -(-plan.jobs // count)
