@@ -3,8 +3,8 @@
 Those of the panel come from ``results/panel-*.json``, which ``make panel`` makes, one for each CPU.
 
 Every figure of the comparison of algorithms comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col,
-implicit_gemm and fft this makes one anew, in a process of its own, because the thread pools of Numba, BLAS and PyTorch
-disturb each other on few cores::
+implicit_gemm, winograd, depthwise and fft this makes one anew, in a process of its own, because the thread pools of
+Numba, BLAS and PyTorch disturb each other on few cores::
 
     make compare ARGS="--algorithms NAME --data-format both --json benchmarks/results/tour-NAME.json"
 """
@@ -25,7 +25,7 @@ RESULTS = ROOT / "results"
 README = ROOT.parent / "README.md"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 PANEL_BEGIN, PANEL_END = "<!-- panel:begin -->", "<!-- panel:end -->"
-ALGORITHMS = ("direct", "im2col", "implicit_gemm", "fft")
+ALGORITHMS = ("direct", "im2col", "implicit_gemm", "winograd", "depthwise", "fft")
 
 
 def load() -> dict[str, Any]:
