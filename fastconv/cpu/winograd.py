@@ -227,7 +227,8 @@ class Winograd:
         _pad_bias(bias, workspace["bias"][0], _problem(g, direction, self.m), activation == "relu")
         if b.part:
             self._start("transform_source", g, direction, b, images, weight, activation, workspace)
-        self._start("convolve", g, direction, b, images, weight, activation, workspace)
+        task = "convolve_panels" if b.part else "convolve"
+        self._start(task, g, direction, b, images, weight, activation, workspace)
 
     def _blocking(self, g, direction, workspace):
         return _blocking(_problem(g, direction, self.m), self.m, g.dtype.itemsize, len(workspace["M"]))
@@ -420,6 +421,7 @@ class Tasks(NamedTuple):
     transform_source: Task
     transform_grads: Task
     convolve: Task
+    convolve_panels: Task
     reduce: Task
     finish: Task
     reduce_once: Task
@@ -531,18 +533,22 @@ def tasks(m, tile, itemsize):
 
     @task
     def convolve(arguments, chunk):
-        """Multiply blocks of tiles with panels of filters, and transform the products to output."""
-        chunks, part = integer(arguments, 0), integer(arguments, 57)
-        (G, K), (tile_count, TB) = (integer(arguments, 20), integer(arguments, 22)), integers(arguments, 34, 2)
-        panels, count = (K + WIDTH - 1) // WIDTH, (tile_count + TB - 1) // TB
-        begin, end = share(G * (panels if part else count), chunk, chunks)
-        if part:
-            _clear_taps(arguments, chunk)
+        """Multiply blocks of tiles with all panels of filters, and transform the products to output."""
+        chunks, G, (tile_count, TB) = integer(arguments, 0), integer(arguments, 20), integers(arguments, 34, 2)
+        count = (tile_count + TB - 1) // TB
+        begin, end = share(G * count, chunk, chunks)
         for job in range(begin, end):
-            if part:
-                _convolve_panel(arguments, chunk, job // panels, job % panels)
-            else:
-                _convolve_block(arguments, chunk, job // count, job % count * TB)
+            _convolve_block(arguments, chunk, job // count, job % count * TB)
+
+    @task
+    def convolve_panels(arguments, chunk):
+        """Multiply all tiles with one panel of filters after the other, and transform the products to output."""
+        chunks, G, K = integer(arguments, 0), integer(arguments, 20), integer(arguments, 22)
+        panels = (K + WIDTH - 1) // WIDTH
+        begin, end = share(G * panels, chunk, chunks)
+        _clear_taps(arguments, chunk)
+        for job in range(begin, end):
+            _convolve_panel(arguments, chunk, job // panels, job % panels)
 
     @device
     def _convolve_block(arguments, chunk, g, first):
@@ -799,7 +805,9 @@ def tasks(m, tile, itemsize):
                 _take_taps(arguments, grid, ready + (c - c0) * count * PIXEL)
             _emit_taps(arguments, ready, g, k, c0, c1)
 
-    return Tasks(transform_weight, transform_source, transform_grads, convolve, reduce, finish, reduce_once)
+    return Tasks(
+        transform_weight, transform_source, transform_grads, convolve, convolve_panels, reduce, finish, reduce_once
+    )
 
 
 def _image_transform(m, tile, itemsize, kind, window):
