@@ -464,6 +464,10 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase("3x3 one short of a tile", (1, 4, 7, 3), (4, 4, 3, 3), padding=1),
     ConvCase("3x3 on one pixel", (3, 4, 1, 1), (5, 4, 3, 3), padding=1),
     ConvCase("3x3 one output", (5, 7, 3, 3), (6, 7, 3, 3)),
+    # Pixels, channels and images are all an element apart, or may seem so.
+    ConvCase("3x3 one output of whole vectors", (5, 2, 3, 3), (32, 2, 3, 3)),
+    ConvCase("1x1 on one pixel, whole vectors", (4, 16, 1, 1), (32, 16, 1, 1)),
+    ConvCase("1x1 on one pixel, grouped vectors", (3, 6, 1, 1), (32, 3, 1, 1), groups=2),
     ConvCase("3x3 stride 2", (2, 6, 15, 17), (8, 6, 3, 3), stride=2, padding=1),
     ConvCase("3x3 stride 3 that leaves a rest", (1, 4, 10, 13), (5, 4, 3, 3), stride=3),
     ConvCase("3x3 dilation 2", (1, 4, 12, 11), (6, 4, 3, 3), padding=2, dilation=2),

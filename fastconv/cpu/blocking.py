@@ -185,7 +185,9 @@ class Plan(NamedTuple):
         """Whether a weight gradient reads whole vectors of output gradients in place."""
         strides, few = self.target.strides, self.depth <= FEW_TILES * self.tile.rows
         aligned = self.columns % self.tile.lanes == 0 and strides[4] % ALIAS_BYTES
-        return bool(few and aligned and strides[1] == self.itemsize)
+        # With channels first the channels of single pixels lie side by side too, but not the pixels of several images.
+        even = strides[0] == prod(self.target.extent) * strides[4]
+        return bool(few and aligned and even and strides[1] == self.itemsize)
 
     @property
     def corner(self) -> tuple[int, int, int]:
