@@ -103,7 +103,7 @@ def panel(results: dict[str, Any], file: str) -> str:
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         *(f"- {line}" for line in (*summary.training_lines(results), *summary.regret_lines(results))),
-        f"- {len(lost)} losses{', in bold below' if lost else ''}",
+        f"- {len(lost)} losses at {' or '.join(levels)}{', in bold below' if lost else ''}",
         *(f"- not timed: {line}" for line in wrong),
         "",
         f"<details><summary>every layer, at {' / '.join(levels)}</summary>",

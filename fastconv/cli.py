@@ -508,7 +508,7 @@ def _tuned(geometry: Any, direction: str, precision: str | None) -> str:
     text = f"{chosen.name:<14}  {chosen.measured * 1e3:10.3f} ms"
     if predicted is chosen:
         return text
-    return f"{text}  (predicted: {predicted.name}, {predicted.measured * 1e3:.3f} ms)"
+    return f"{text}  (auto had predicted {predicted.name}, which took {predicted.measured * 1e3:.3f} ms)"
 
 
 # --- info and warmup -------------------------------------------------------------------------------------------
