@@ -70,6 +70,11 @@ class Element(NamedTuple):
         """The type of an array's address."""
         return types.CPointer(self.stored)
 
+    @property
+    def sums_dtype(self) -> np.dtype:
+        """What sums are kept in between kernels."""
+        return np.dtype(self.sums.name)
+
 
 _ELEMENTS = {
     "float32": (float32, float32, _same, _same),
