@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from . import blocks, config
-from .errors import ArgumentTypeError, DTypeError, UnsupportedError
+from .errors import ArgumentTypeError, DTypeError, MissingDependencyError, UnsupportedError
 
 HALF = ("float16", "bfloat16")
 FLOATING = ("float32", "float64", *HALF)
@@ -59,14 +61,8 @@ class TorchArrays:
     @staticmethod
     def adopt(name: str, value: Any) -> np.ndarray:
         """Return an ndarray over the memory of `value`."""
-        if value.device.type != "cpu":
-            raise UnsupportedError(f"{name} is a tensor on {value.device}; there are no kernels for it yet")
-        if value.requires_grad:
-            raise ArgumentTypeError(
-                f"{name} is a tensor that requires grad; pass {name}.detach() and use the backward functions"
-            )
         torch = sys.modules["torch"]
-        value = value.resolve_neg().resolve_conj()
+        value = _plain_tensor(name, value)
         if value.dtype == torch.bfloat16:
             return value.view(torch.uint16).numpy().view(_bfloat16())
         return value.numpy()
@@ -80,10 +76,271 @@ class TorchArrays:
         return torch.from_numpy(result)
 
 
-class CupyArrays:
-    """cupy.ndarray: recognised so that the refusal says what is missing."""
+def _plain_tensor(name: str, value: Any) -> Any:
+    """Return a tensor whose elements are what its memory holds; refuse one that records what is done to it."""
+    if value.requires_grad:
+        raise ArgumentTypeError(
+            f"{name} is a tensor that requires grad; pass {name}.detach() and use the backward functions"
+        )
+    return value.resolve_neg().resolve_conj()
 
-    name, device = "cupy", "cuda"
+
+# --- arrays on a GPU -------------------------------------------------------------------------------------------
+
+
+class DeviceArray:
+    """An array of a library on a GPU, with the words of an ndarray that operations use.
+
+    Attributes
+    ----------
+    held : array of the library
+    library : DeviceLibrary
+    shape : tuple of int
+    dtype : numpy.dtype
+    """
+
+    __slots__ = ("dtype", "held", "library", "shape")
+    flags = SimpleNamespace(writeable=True)
+
+    def __init__(self, library: DeviceLibrary, held: Any) -> None:
+        self.library, self.held = library, held
+        self.shape, self.dtype = tuple(held.shape), library.dtype_of(held)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def address(self) -> int:
+        """Address of the first element."""
+        return self.library.address_of(self.held)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in C order without gaps."""
+        return self.library.is_contiguous(self.held)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> DeviceArray:
+        return DeviceArray(self.library, self.held[index])
+
+    def take(self, indices: np.ndarray, axis: int) -> DeviceArray:
+        """Return the elements at indices along an axis, as a fresh array."""
+        return DeviceArray(self.library, self.library.take(self.held, indices, axis))
+
+    def add_at(self, source: DeviceArray, indices: np.ndarray, axis: int) -> None:
+        """Add an array to the elements at indices along an axis, no two the same."""
+        self.library.add_at(self.held, source.held, indices, axis)
+
+    def moved(self, source: int, destination: int) -> DeviceArray:
+        """Return a view with an axis in another place."""
+        return DeviceArray(self.library, self.library.moved(self.held, source, destination))
+
+    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return a contiguous array in another shape."""
+        return DeviceArray(self.library, self.held.reshape(shape))
+
+    def fill_from(self, source: DeviceArray) -> None:
+        """Copy the elements of another array of the shape, converted."""
+        self.library.copy(self.held, source.held)
+
+
+class DeviceLibrary:
+    """A library's arrays on one GPU; a subclass per library."""
+
+    library = ""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @property
+    def name(self) -> str:
+        """Such as "cupy on GPU 0"."""
+        return f"{self.library} on GPU {self.index}"
+
+    @cached_property
+    def device(self) -> str:
+        """The architecture that kernels are compiled for; UnsupportedError without a driver."""
+        from .cuda import launch
+
+        with self.current():
+            return launch.architecture()
+
+    def adopt(self, name: str, value: Any) -> Any:
+        """Return a DeviceArray over the memory of `value`."""
+        return DeviceArray(self, value)
+
+    def give_back(self, result: Any) -> Any:
+        """Return the result as an array of this library; one that nothing was computed for is made on the host."""
+        return result.held if isinstance(result, DeviceArray) else self.from_host(result)
+
+    def empty(self, dimensions: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+        """Return a fresh C-contiguous array; with the option `poison`, full of NaN."""
+        held = self.new(dimensions, dtype)
+        if config.get("poison"):
+            held[...] = math.nan if dtype.kind != "i" else np.iinfo(dtype).max // 3
+        return DeviceArray(self, held)
+
+    def current(self) -> Any:
+        """Return a context in which this GPU is the current one."""
+        raise NotImplementedError
+
+    def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
+        """Return fresh memory."""
+        raise NotImplementedError
+
+    def from_host(self, array: np.ndarray) -> Any:
+        """Return a copy of a NumPy array."""
+        raise NotImplementedError
+
+    def dtype_of(self, held: Any) -> np.dtype:
+        """Return the dtype as NumPy names it."""
+        raise NotImplementedError
+
+    def is_contiguous(self, held: Any) -> bool:
+        """Return whether an array lies in C order."""
+        raise NotImplementedError
+
+    def address_of(self, held: Any) -> int:
+        """Return the address of the first element."""
+        raise NotImplementedError
+
+    def moved(self, held: Any, source: int, destination: int) -> Any:
+        """Return a view with an axis in another place."""
+        raise NotImplementedError
+
+    def take(self, held: Any, indices: np.ndarray, axis: int) -> Any:
+        """Return the elements at indices along an axis."""
+        raise NotImplementedError
+
+    def add_at(self, held: Any, source: Any, indices: np.ndarray, axis: int) -> None:
+        """Add to the elements at indices along an axis, no two the same."""
+        raise NotImplementedError
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy elements, converted, on the current stream."""
+        raise NotImplementedError
+
+    def stream(self) -> int:
+        """Return the handle of the current stream; 0 is the default stream."""
+        raise NotImplementedError
+
+
+class _CupyOnDevice(DeviceLibrary):
+    """cupy.ndarray, in place, and what offers its memory by `__cuda_array_interface__`: results are CuPy's."""
+
+    library = "cupy"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._cupy = sys.modules["cupy"]
+
+    def adopt(self, name: str, value: Any) -> Any:
+        # CuPy waits for the stream that the interface names.
+        return DeviceArray(self, value if CupyArrays.owns(value) else self._cupy.asarray(value))
+
+    def current(self) -> Any:
+        return self._cupy.cuda.Device(self.index)
+
+    def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
+        return self._cupy.empty(dimensions, dtype)
+
+    def from_host(self, array: np.ndarray) -> Any:
+        with self.current():
+            return self._cupy.asarray(array)
+
+    def dtype_of(self, held: Any) -> np.dtype:
+        return held.dtype
+
+    def is_contiguous(self, held: Any) -> bool:
+        return held.flags.c_contiguous
+
+    def address_of(self, held: Any) -> int:
+        return held.data.ptr
+
+    def moved(self, held: Any, source: int, destination: int) -> Any:
+        return self._cupy.moveaxis(held, source, destination)
+
+    def take(self, held: Any, indices: np.ndarray, axis: int) -> Any:
+        return self._cupy.take(held, self._cupy.asarray(indices), axis)
+
+    def add_at(self, held: Any, source: Any, indices: np.ndarray, axis: int) -> None:
+        held[(slice(None),) * axis + (self._cupy.asarray(indices),)] += source
+
+    def copy(self, target: Any, source: Any) -> None:
+        target[...] = source
+
+    def stream(self) -> int:
+        return self._cupy.cuda.get_current_stream().ptr
+
+
+class _TorchOnDevice(DeviceLibrary):
+    """torch.Tensor on a GPU, in place. Gradients flow through `fastconv.torch`, not here."""
+
+    library = "torch"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._torch = sys.modules["torch"]
+
+    def adopt(self, name: str, value: Any) -> Any:
+        return DeviceArray(self, _plain_tensor(name, value))
+
+    def current(self) -> Any:
+        return self._torch.cuda.device(self.index)
+
+    def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
+        return self._torch.empty(dimensions, dtype=getattr(self._torch, dtype.name), device=f"cuda:{self.index}")
+
+    def from_host(self, array: np.ndarray) -> Any:
+        return TorchArrays.give_back(array).to(f"cuda:{self.index}")
+
+    def dtype_of(self, held: Any) -> np.dtype:
+        name = str(held.dtype).removeprefix("torch.")
+        return _bfloat16() if name == "bfloat16" else np.dtype(name)
+
+    def is_contiguous(self, held: Any) -> bool:
+        return held.is_contiguous()
+
+    def address_of(self, held: Any) -> int:
+        return held.data_ptr()
+
+    def moved(self, held: Any, source: int, destination: int) -> Any:
+        return held.movedim(source, destination)
+
+    def take(self, held: Any, indices: np.ndarray, axis: int) -> Any:
+        return held.index_select(axis, self.from_host(indices))
+
+    def add_at(self, held: Any, source: Any, indices: np.ndarray, axis: int) -> None:
+        held.index_add_(axis, self.from_host(indices), source)
+
+    def copy(self, target: Any, source: Any) -> None:
+        target.copy_(source)
+
+    def stream(self) -> int:
+        return self._torch.cuda.current_stream(self.index).cuda_stream
+
+
+# One object for each library and GPU: arrays are of one library if it is the same.
+_cupy_on = lru_cache(maxsize=None)(_CupyOnDevice)
+_torch_on = lru_cache(maxsize=None)(_TorchOnDevice)
+
+
+class CupyArrays:
+    """cupy.ndarray: recognised without importing it."""
 
     @staticmethod
     def owns(value: Any) -> bool:
@@ -91,29 +348,37 @@ class CupyArrays:
         cupy = sys.modules.get("cupy")
         return cupy is not None and hasattr(cupy, "ndarray") and isinstance(value, cupy.ndarray)
 
-    @staticmethod
-    def adopt(name: str, value: Any) -> np.ndarray:
-        """Refuse: there are no CUDA kernels yet."""
-        raise UnsupportedError(f"{name} is a CuPy array; this version has no CUDA kernels yet")
 
-    @staticmethod
-    def give_back(result: np.ndarray) -> Any:
-        """Return the result as an array of this library."""
-        return result
-
-
-Library = type[NumpyArrays] | type[TorchArrays] | type[CupyArrays]
-LIBRARIES: tuple[Library, ...] = (NumpyArrays, TorchArrays, CupyArrays)
+Library = type[NumpyArrays] | type[TorchArrays] | DeviceLibrary
+LIBRARIES = (NumpyArrays, TorchArrays, CupyArrays)
 
 
 def library_of(name: str, value: Any) -> Library:
-    """Return the library that `value` belongs to."""
-    for library in LIBRARIES:
-        if library.owns(value):
-            return library
+    """Return the library that `value` belongs to; arrays on different GPUs count as of different ones."""
+    if NumpyArrays.owns(value):
+        return NumpyArrays
+    if TorchArrays.owns(value):
+        if value.device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"{name} is a tensor on {value.device}; there are no kernels for it yet")
+        return TorchArrays if value.device.type == "cpu" else _torch_on(value.device.index)
+    if CupyArrays.owns(value):
+        return _cupy_on(value.device.id)
+    if hasattr(value, "__cuda_array_interface__"):
+        return _cupy_on(_cupy_for(name, value).asarray(value).device.id)
     raise ArgumentTypeError(
         f"{name} must be a NumPy array, a CuPy array or a PyTorch tensor, not {type(value).__name__}"
     )
+
+
+def _cupy_for(name: str, value: Any) -> Any:
+    """Return CuPy, which reads and allocates for the arrays of smaller libraries."""
+    try:
+        return import_module("cupy")
+    except ImportError:
+        raise MissingDependencyError(
+            f"{name} is a {type(value).__name__} on a GPU, which needs CuPy: pip install 'fastconv[cuda13]' "
+            f"(or 'fastconv[cuda12]')"
+        ) from None
 
 
 def adopt(**named: Any) -> tuple[Library, list[Any]]:
@@ -178,8 +443,6 @@ def _bfloat16() -> np.dtype:
     try:
         import ml_dtypes
     except ImportError:
-        from .errors import MissingDependencyError
-
         raise MissingDependencyError("bfloat16 tensors need ml_dtypes: pip install 'fastconv[bfloat16]'") from None
     return np.dtype(ml_dtypes.bfloat16)
 

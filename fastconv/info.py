@@ -246,13 +246,14 @@ def _gpu() -> dict[str, Any]:
     devices, problem = _cuda_devices()
     tools = toolchain.installed()
     missing = [name for name in ("cupy", "numba-cuda") if _version(name) is None]
-    reasons = ["this version has no CUDA kernels yet"]
+    reasons = ["the CUDA kernels have run in an emulator only"]
     if problem:
         reasons.append(problem)
     if missing:
         reasons.append(f"{' and '.join(missing)} not installed (pip install 'fastconv[cuda12]' or 'fastconv[cuda13]')")
     compiler = {"versions": tools, "problem": toolchain.problem(tools)}
-    return {"in_use": False, "devices": devices, "compiler": compiler, "why": "; ".join(reasons)}
+    usable = bool(devices) and not compiler["problem"]
+    return {"in_use": usable, "devices": devices, "compiler": compiler, "why": "; ".join(reasons)}
 
 
 def _cuda_devices() -> tuple[list[str], str]:
@@ -372,7 +373,7 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
     versions, problem = gpu["compiler"]["versions"], gpu["compiler"]["problem"]
     names = [f"{name} {version or 'not found as a distribution'}" for name, version in versions.items()]
     return [
-        ("in use", "no"),
+        ("in use", "by operations on its arrays" if gpu["in_use"] else "no"),
         ("devices", ", ".join(gpu["devices"]) or "none"),
         ("toolchain", ", ".join(names)),
         ("kernels", problem or "can be compiled"),

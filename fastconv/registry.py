@@ -15,6 +15,14 @@ Two more are optional. `bind` makes calls of small problems quick, where no work
 
 and `kept`, `pack` and `run`, see `cpu/plan.py`, let a plan pack the weight once.
 
+A module for "cuda" touches no array: what it launches is data, see `cuda/steps.py`. It defines `supports`, `workspace`,
+and::
+
+    seconds(geometry, direction, architecture) -> float
+    steps(geometry, direction, activation=None, bias=False, architecture="sm_90a") -> list of Step
+
+and if its input gradient ends in bias and activation too, `FUSED = ("forward", "input_grad")`; it is forward otherwise.
+
 `geometry` is lifted: three spatial dimensions, zero padding, and `data_format` and `dtype` those of the arrays,
 which are C-contiguous. `out` is fresh memory to be written whole. `workspace` holds one array per Buffer
 declared, so an algorithm has the memory it stated and no other. Modules load at first use.
@@ -104,9 +112,9 @@ class Algorithm:
         """Return the buffers it needs for a lifted geometry; some algorithms make do with less under a low `limit`."""
         return self.implementation.workspace(geometry, direction, limit)
 
-    def seconds(self, geometry: ConvGeometry, direction: str, threads: int) -> float:
-        """Return the predicted time of one call, for a lifted geometry."""
-        return self.implementation.seconds(geometry, direction, threads)
+    def seconds(self, geometry: ConvGeometry, direction: str, units: int | str) -> float:
+        """Return the predicted time of one call, for a lifted geometry, on so many threads or on an architecture."""
+        return self.implementation.seconds(geometry, direction, units)
 
 
 def workspace_bytes(buffers: dict[str, Buffer]) -> int:
@@ -154,6 +162,7 @@ def named(name: Any, device: str) -> list[Algorithm]:
 
 for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft", "direct_small"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
+register(Algorithm("direct", "cuda", "fastconv.cuda.direct"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
 for _products, _precision in ((6, "highest"), (3, "high"), (1, "medium")):

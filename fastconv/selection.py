@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import config, registry, tuning
-from .arrays import compute_dtype
+from .arrays import HALF, compute_dtype
 from .errors import ArgumentTypeError, UnsupportedError, WorkspaceLimitError
 from .geometry import DIRECTIONS, ConvGeometry, one_of
 from .registry import Algorithm, Buffer
+
+# What "cuda" stands for in tables where there is no GPU.
+DEFAULT_ARCHITECTURE = "sm_90a"
 
 
 class Choice(NamedTuple):
@@ -53,13 +56,14 @@ class Candidate:
     chosen: bool
 
 
-def staging_bytes(geometry: ConvGeometry) -> int:
+def staging_bytes(geometry: ConvGeometry, device: str = "cpu") -> int:
     """Return the bytes of copies made around any algorithm.
 
-    Half-precision operands and results are staged in float32; a padding mode other than zeros pads the input.
+    On the CPU half-precision operands and results are staged in float32; a padding mode other than zeros pads the
+    input.
     """
     elements = 0
-    dtype = compute_dtype(geometry.dtype)
+    dtype = _kernel_dtype(geometry, device)
     if geometry.padding_mode != "zeros":
         elements += _count(geometry.padded().x_shape)
     if dtype != geometry.dtype and dtype.kind == "f":
@@ -71,10 +75,16 @@ def _count(dimensions: tuple[int, ...]) -> int:
     return int(np.prod(dimensions, dtype=object)) if dimensions else 1
 
 
-def lifted(geometry: ConvGeometry, stored: str) -> ConvGeometry:
+def _kernel_dtype(geometry: ConvGeometry, device: str) -> np.dtype:
+    """Return the dtype of the arrays that kernels get: those of a GPU convert half types themselves."""
+    half = geometry.dtype.name in HALF
+    return geometry.dtype if half and device != "cpu" else compute_dtype(geometry.dtype)
+
+
+def lifted(geometry: ConvGeometry, stored: str, device: str = "cpu") -> ConvGeometry:
     """Return the geometry that kernels see: the padding mode carried out, three spatial dimensions."""
     plain = geometry if geometry.padding_mode == "zeros" else geometry.padded()
-    return plain.lifted(stored, compute_dtype(geometry.dtype))
+    return plain.lifted(stored, _kernel_dtype(geometry, device))
 
 
 def choose(
@@ -93,6 +103,8 @@ def choose(
     direction : "forward", "input_grad" or "weight_grad"
     stored : "channels_first" or "channels_last"
         How the arrays lie in memory.
+    device : str
+        "cpu", or the architecture of a GPU.
     algorithm : str
         "auto" (or the option of that name), "tune" (measure what has not been, then as "auto"), a family or a variant.
     precision : str or None
@@ -108,11 +120,12 @@ def choose(
     if algorithm == "auto":
         algorithm = config.get("algorithm")
     precision = checked_precision(precision)
+    kind = "cpu" if device == "cpu" else "cuda"
     # Also the error for a name that nobody knows.
-    registry.named(algorithm, device)
+    registry.named(algorithm, kind)
     return _choose(
-        geometry, direction, stored, device, algorithm, precision, config.get("workspace_limit"),
-        _thread_count(device), _registered(device), tuning.changes, config.get("amx"),
+        geometry, direction, stored, kind, algorithm, precision, config.get("workspace_limit"),
+        _units(device), _registered(kind), tuning.changes, config.get("amx"),
     )  # fmt: skip
 
 
@@ -121,9 +134,10 @@ def checked_precision(precision: Any) -> str:
     return config.get("precision") if precision is None else one_of("precision", precision, config.PRECISIONS)
 
 
-def _thread_count(device: str) -> int:
+def _units(device: str) -> int | str:
+    """Return what times depend on beside the convolution: the number of threads, or a GPU's architecture."""
     if device != "cpu":
-        return 1
+        return device
     from .cpu import threads
 
     return threads.count()
@@ -142,13 +156,13 @@ def _choose(
     name: str,
     precision: str,
     limit: int,
-    threads: int,
+    units: int | str,
     registered: tuple[Algorithm, ...],
     changes: int,
     amx: str,
 ) -> Choice:
-    inner = lifted(geometry, stored)
-    room = limit - staging_bytes(geometry)
+    inner = lifted(geometry, stored, device)
+    room = limit - staging_bytes(geometry, device)
     refusals: list[str] = []
     choices: list[Choice] = []
     smallest: tuple[int, Choice] | None = None
@@ -167,10 +181,11 @@ def _choose(
         if size <= room:
             choices.append(choice)
     if choices:
-        entry = tuning.key(inner, geometry.dtype, direction, device, threads, precision)
-        if name == "tune" and len(choices) > 1:
+        entry = tuning.key(inner, geometry.dtype, direction, device, units, precision)
+        # What measures GPUs is not written yet: the prediction decides there.
+        if name == "tune" and len(choices) > 1 and device == "cpu":
             tuning.tune(entry, geometry.dtype, direction, choices)
-        return _fastest(choices, tuning.times(entry), direction, threads)
+        return _fastest(choices, tuning.times(entry), direction, units)
     if smallest is None:
         why = "; ".join(refusals) or f"there is no such algorithm on the {device} yet"
         raise UnsupportedError(f"algorithm={name!r} cannot compute this {direction}: {why}")
@@ -186,12 +201,12 @@ def _choose(
     )
 
 
-def _fastest(choices: list[Choice], measured: Mapping[str, float], direction: str, threads: int) -> Choice:
+def _fastest(choices: list[Choice], measured: Mapping[str, float], direction: str, units: int | str) -> Choice:
     """Return the fastest of those measured, or the one predicted to be if none is: the two do not compare."""
     known = [choice for choice in choices if choice.algorithm.name in measured]
     if known:
         return min(known, key=lambda choice: measured[choice.algorithm.name])
-    return min(choices, key=lambda choice: choice.algorithm.seconds(choice.geometry, direction, threads))
+    return min(choices, key=lambda choice: choice.algorithm.seconds(choice.geometry, direction, units))
 
 
 def _refusal(algorithm: Algorithm, inner: ConvGeometry, direction: str, precision: str) -> str:
@@ -214,7 +229,8 @@ def algorithms(
     ----------
     geometry : ConvGeometry
         For instance ``ConvGeometry.create(x_shape, weight_shape, stride=2)``.
-    device : "cpu" or "cuda"
+    device : str
+        "cpu", "cuda" for the GPU that there is (or an H200 if there is none), or an architecture such as "sm_80".
     direction : "forward", "input_grad" or "weight_grad"
     precision : str, optional
 
@@ -234,17 +250,19 @@ def algorithms(
             f"geometry must be a ConvGeometry, such as ConvGeometry.create(x.shape, weight.shape), "
             f"not {type(geometry).__name__}"
         )
-    one_of("device", device, ("cpu", "cuda"))
+    device, kind = checked_device(device)
     one_of("direction", direction, DIRECTIONS)
     stored, level = geometry.data_format, checked_precision(precision)
-    inner, limit = lifted(geometry, stored), config.get("workspace_limit")
-    staging, threads = staging_bytes(geometry), _thread_count(device)
-    here = registry.on(device)
-    best = None
-    if here:
-        how = (direction, stored, device, "auto", level, limit, threads, tuple(here), tuning.changes, config.get("amx"))
+    inner, limit = lifted(geometry, stored, device), config.get("workspace_limit")
+    staging, units = staging_bytes(geometry, device), _units(device)
+    here = registry.on(kind)
+    how = (direction, stored, kind, "auto", level, limit, units, tuple(here), tuning.changes, config.get("amx"))
+    try:
         best = _choose(geometry, *how).algorithm.name
-    measured = tuning.times(tuning.key(inner, geometry.dtype, direction, device, threads, level))
+    except UnsupportedError:
+        # The table says of each why.
+        best = None
+    measured = tuning.times(tuning.key(inner, geometry.dtype, direction, kind, units, level))
     found = []
     for algorithm in here:
         reason = "there is nothing to compute" if geometry.is_empty else ""
@@ -255,10 +273,26 @@ def algorithms(
         size = staging + registry.workspace_bytes(algorithm.workspace(inner, direction, max(limit - staging, 0)))
         if size > limit:
             reason = f"needs {size} bytes of workspace, more than the limit of {limit}"
-        seconds = algorithm.seconds(inner, direction, threads)
+        seconds = algorithm.seconds(inner, direction, units)
         name = algorithm.name
         found.append(Candidate(name, not reason, reason, size, seconds, measured.get(name), name == best))
     return found
+
+
+def checked_device(device: Any) -> tuple[str, str]:
+    """Return ("cpu", "cpu") or (architecture of a GPU, "cuda")."""
+    from .cuda.architecture import ARCHITECTURES
+
+    if one_of("device", device, ("cpu", "cuda", *ARCHITECTURES)) == "cpu":
+        return "cpu", "cpu"
+    if device != "cuda":
+        return device, "cuda"
+    from .cuda import launch
+
+    try:
+        return launch.architecture(), "cuda"
+    except UnsupportedError:
+        return DEFAULT_ARCHITECTURE, "cuda"
 
 
 def explain(
@@ -268,7 +302,10 @@ def explain(
     direction: str = "forward",
     precision: str | None = None,
 ) -> str:
-    """Return :func:`algorithms` as a table to print.
+    """Return :func:`algorithms` as a table to print; for a GPU with what the kernels' machine code takes.
+
+    The kernels are compiled for it, so that no GPU needs to be there: registers, share of a multiprocessor's threads
+    that are resident, shared memory, instructions in all and in the main loop, and what the loop consists of.
 
     Examples
     --------
@@ -293,7 +330,19 @@ def explain(
     ]
     if not found:
         lines = [f"there are no algorithms on the device {device!r} yet"]
+    if device != "cpu":
+        lines += ["", *_kernel_lines(geometry, device, direction, [c.name for c in found if c.supported])]
     return "\n".join([title, *lines])
+
+
+def _kernel_lines(geometry: ConvGeometry, device: str, direction: str, names: list[str]) -> list[str]:
+    """Return the table of the kernels that the algorithms of these names launch."""
+    from .cuda import study
+
+    architecture, kind = checked_device(device)
+    inner = lifted(geometry, geometry.data_format, architecture)
+    chosen = [a for a in registry.on(kind) if a.name in names]
+    return study.table([(a.name, a.implementation.steps(inner, direction)) for a in chosen], architecture)
 
 
 def _time(seconds: float | None) -> str:

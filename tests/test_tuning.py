@@ -47,7 +47,7 @@ def measured(monkeypatch):
 
 def entry(geometry=GEOMETRY, direction="forward", precision="highest"):
     inner = selection.lifted(geometry, geometry.data_format)
-    return tuning.key(inner, geometry.dtype, direction, "cpu", selection._thread_count("cpu"), precision)
+    return tuning.key(inner, geometry.dtype, direction, "cpu", selection._units("cpu"), precision)
 
 
 def taken(algorithm="auto", geometry=GEOMETRY, direction="forward", precision=None):

@@ -2,107 +2,339 @@
 
     y[n, k, o, p, q] = bias[k] + sum over c, t, r, s of x[n, c, o*stride + t*dilation - pad, ...] * w[k, c, t, r, s]
 
-The memory format is a constant of the kernel, and so is the width of its index arithmetic: 32 bits where every tensor
-has fewer than 2**31 elements. Neighbouring threads write neighbouring elements: columns where channels are first,
-filters where they are last. The weight is (K, C // groups, T, R, S) for both. It has run in the emulator, on no GPU.
+The input gradient is the same loop nest read backwards: for one input element, the taps that reach it are those where
+`i + pad - t*dilation` is a multiple of the stride, every `stride / gcd(stride, dilation)`-th tap from the first on, and
+the output moves back by `dilation / gcd(stride, dilation)` from one to the next. So both are one kernel, `gather`, with
+another rule for where the taps of an axis begin. No product with padding is formed: the ranges of taps are cut instead.
+
+The weight gradient is a sum over pixels. A block owns a few elements of the weight and a part of the pixels, adds up
+in shared memory, and where there is more than one part a second kernel adds those: always in the same order.
+
+Sums run in chains of at most `CHAIN` products that are then added up, so that float32 keeps its promise at any depth.
+Memory layout: x and y in either data format, the weight (K, C // groups, T, R, S) in both. Neighbouring threads write
+neighbouring elements. Indices are 32-bit where every tensor has fewer than 2**31 elements. It has run in the emulator,
+on no GPU.
+
+Source: Dumoulin & Visin, "A guide to convolution arithmetic for deep learning", 2016, sections 2 and 4.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from ..geometry import ConvGeometry
-from . import ptx, toolchain
+from ..registry import Buffer
+from . import roofline, toolchain
+from .elements import SUPPORTED, Element
+from .epilogue import CODES, activate
+from .indices import digits, step, whole_numbers
+from .ptx import pointer_to
+from .steps import Step
+from .sums import CHAIN, add_step, parts, tile
 
 cuda = toolchain.import_cuda()
 
-from numba.cuda.types import CPointer, float32, int32, int64  # noqa: E402
+from numba.cuda.types import CPointer  # noqa: E402
 
 # Threads of a block: four warps hide each other's loads, and a small layer still fills the multiprocessors.
 THREADS = 128
+# Directions that end in bias and activation.
+FUSED = ("forward", "input_grad")
+# Share of the peak that one load per product leaves; not measured.
+SHARE = 0.05
 
 
-def _wide_quotient(a, b):
-    return a // b
+# --- the taps of one axis --------------------------------------------------------------------------------------
 
 
-def forward(channels_last: bool, wide: bool) -> Any:
-    """Return the kernel for a memory format and a width of indices."""
-    index = int64 if wide else int32
-    quotient = _wide_quotient if wide else ptx.divide
+@lru_cache(maxsize=2)
+def taps_of_output(wide: bool) -> Any:
+    """Return the rule of the forward pass: which taps of an output are inside the input."""
+    index, quotient, _ = whole_numbers(wide)
 
-    def direct_forward(
-        x, weight, bias, y, total, C, D, H, W, K, T, R, S, O, P, Q, filters, channels,
-        stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, step_d, step_h, step_w,
+    def taps(at, size, count, stride, before, dilation, tap_step, step):
+        """Return (first tap, its place in the input, how many there are)."""
+        start = index(at * stride - before)
+        first = index(quotient(index(max(-start, 0) + dilation - 1), dilation))
+        place = index(start + first * dilation)
+        inside = index(0)
+        if place < size:
+            inside = index(quotient(index(size - 1 - place), dilation) + 1)
+        return first, place, index(min(inside, count - first))
+
+    return taps
+
+
+@lru_cache(maxsize=2)
+def taps_of_input(wide: bool) -> Any:
+    """Return the rule of the input gradient: through which taps an input reaches which outputs."""
+    index, quotient, _ = whole_numbers(wide)
+
+    def taps(at, size, count, stride, before, dilation, tap_step, step):
+        """Return (first tap, its place in the output, how many there are); places go down by -step."""
+        rest = index(at + before)
+        first = index(0)
+        # Residues repeat after tap_step taps.
+        while first < tap_step and rest > 0 and index(index(quotient(rest, stride)) * stride) != rest:
+            first = index(first + 1)
+            rest = index(rest - dilation)
+        if rest < 0 or first == tap_step:
+            return index(0), index(0), index(0)
+        place = index(quotient(rest, stride))
+        # The last places are beyond the output where the input has a border that no window reaches.
+        back = index(-step)
+        skipped = index(quotient(index(max(place - size + 1, 0) + back - 1), back))
+        first, place = index(first + skipped * tap_step), index(place - skipped * back)
+        if place < 0 or first >= count:
+            return index(0), index(0), index(0)
+        left = index(quotient(index(count - 1 - first), tap_step) + 1)
+        return first, place, index(min(left, index(quotient(place, back) + 1)))
+
+    return taps
+
+
+# --- forward and input gradient --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def gather(element: Element, direction: str, channels_last: bool, wide: bool, code: int, has_bias: bool) -> Any:
+    """Return the kernel that makes `target` of `source`: y of x, or the gradient of x from that of y.
+
+    (A, I, J, L) are the channels and the extent of the target, (B, D, H, W) those of the source, all channels counted;
+    a group has `targets` and `sources` of them.
+    """
+    index, _, divided = whole_numbers(wide)
+    taps = (taps_of_output if direction == "forward" else taps_of_input)(wide)
+    widen, narrow, sums = element.widen, element.narrow, element.sums
+
+    def direct_gather(
+        source, weight, bias, target, total, A, I, J, L, B, D, H, W, targets, sources, chain, T, R, S,
+        weight_group, weight_target, weight_source, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w,
+        dilation_d, dilation_h, dilation_w, tap_d, tap_h, tap_w, step_d, step_h, step_w,
     ):  # fmt: skip
-        number = index(index(cuda.blockIdx.x) * index(THREADS) + index(cuda.threadIdx.x))
+        number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
-            rest = number
-            k = q = index(0)
             if channels_last:
-                k = index(rest - quotient(rest, index(K)) * index(K))
-                rest = quotient(rest, index(K))
-            q = index(rest - quotient(rest, index(Q)) * index(Q))
-            rest = quotient(rest, index(Q))
-            p = index(rest - quotient(rest, index(P)) * index(P))
-            rest = quotient(rest, index(P))
-            o = index(rest - quotient(rest, index(O)) * index(O))
-            n = quotient(rest, index(O))
-            if not channels_last:
-                k = index(n - quotient(n, index(K)) * index(K))
-                n = quotient(n, index(K))
-            first = index(quotient(k, index(filters)) * index(channels))
-            d0, h0, w0 = index(o * stride_d - pad_d), index(p * stride_h - pad_h), index(q * stride_w - pad_w)
-            total_sum = bias[k]
-            tap = index(k * channels * T * R * S)
-            for c in range(channels):
-                for t in range(T):
-                    d = index(d0 + t * step_d)
-                    for r in range(R):
-                        h = index(h0 + r * step_h)
-                        for s in range(S):
-                            w = index(w0 + s * step_w)
-                            if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
-                                if channels_last:
-                                    at = index((((n * D + d) * H + h) * W + w) * C + first + c)
-                                else:
-                                    at = index((((n * C + first + c) * D + d) * H + h) * W + w)
-                                total_sum += x[at] * weight[tap]
-                            tap = index(tap + index(1))
-            y[number] = total_sum
+                rest, a = divided(number, A)
+                rest, l = divided(rest, L)
+                rest, j = divided(rest, J)
+                n, i = divided(rest, I)
+                pixel, channel = B, index(1)
+            else:
+                rest, l = divided(number, L)
+                rest, j = divided(rest, J)
+                rest, i = divided(rest, I)
+                n, a = divided(rest, A)
+                pixel, channel = index(1), index(D * H * W)
+            group, own = divided(a, targets)
+            t0, d0, count_t = taps(i, D, T, stride_d, pad_d, dilation_d, tap_d, step_d)
+            r0, h0, count_r = taps(j, H, R, stride_h, pad_h, dilation_h, tap_h, step_h)
+            s0, w0, count_s = taps(l, W, S, stride_w, pad_w, dilation_w, tap_w, step_w)
+            first = index(n * B * D * H * W + group * sources * channel)
+            filters = index(group * weight_group + own * weight_target)
+            result = sums(0)
+            for start in range(index(0), sources, chain):
+                part = sums(0)
+                for b in range(start, index(min(index(start + chain), sources))):
+                    for t in range(count_t):
+                        d, plane = index(d0 + t * step_d), index((t0 + t * tap_d) * R)
+                        for r in range(count_r):
+                            h, row = index(h0 + r * step_h), index((plane + r0 + r * tap_h) * S + s0)
+                            at = index(first + b * channel + ((d * H + h) * W + w0) * pixel)
+                            tap = index(filters + b * weight_source + row)
+                            for _ in range(count_s):
+                                part += widen(source[at]) * widen(weight[tap])
+                                at = index(at + step_w * pixel)
+                                tap = index(tap + tap_w)
+                result += part
+            if has_bias:
+                result += widen(bias[a])
+            target[number] = narrow(activate(result, code))
 
-    direct_forward.__name__ = f"direct_forward_{'nhwc' if channels_last else 'nchw'}_{64 if wide else 32}"
-    return direct_forward
+    direct_gather.__name__ = _name(f"direct_{direction}", element, channels_last, wide)
+    return direct_gather
 
 
-def signature(wide: bool) -> tuple[Any, ...]:
-    """Return the types of a kernel's arguments."""
-    return (*(CPointer(float32),) * 4, int64 if wide else int32, *(int32,) * 22)
+def _name(what: str, element: Element, channels_last: bool, wide: bool) -> str:
+    return f"{what}_{element.name}_{'last' if channels_last else 'first'}_{64 if wide else 32}"
+
+
+# --- weight gradient -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def correlate(element: Element, channels_last: bool, wide: bool, own: int, pixels: int, to_parts: bool) -> Any:
+    """Return the kernel of the weight gradient: blocks of `own` elements of the weight, `pixels` pixels at a time.
+
+    Threads along x have elements of the weight, numbered in the order of memory where channels are first and as
+    (K, T, R, S, C // groups) where they are last, so that they read neighbours. A block sums the pixels from
+    `blockIdx.y * share` on; with `to_parts` its sums go to (parts, K, C // groups, T, R, S), to be added up.
+    """
+    index, _, divided = whole_numbers(wide)
+    widen, narrow, sums = element.widen, element.narrow, element.sums
+    slots, half = own * pixels, pixels // 2
+
+    def direct_correlate(
+        grad, x, out, total, share, count, chain, C, D, H, W, K, T, R, S, O, P, Q, filters, channels,
+        stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
+        walk_n, walk_o, walk_p, walk_q,
+    ):  # fmt: skip
+        partial = pointer_to(cuda.shared.array(slots, sums))
+        lane, row = index(cuda.threadIdx.x), index(cuda.threadIdx.y)
+        number = index(index(cuda.blockIdx.x) * index(own) + lane)
+        result, place = sums(0), index(0)
+        if number < total:
+            if channels_last:
+                rest, c = divided(number, channels)
+                rest, s = divided(rest, S)
+                rest, r = divided(rest, R)
+                k, t = divided(rest, T)
+                pixel, channel, y_pixel, filter_ = C, index(1), K, index(1)
+            else:
+                rest, s = divided(number, S)
+                rest, r = divided(rest, R)
+                rest, t = divided(rest, T)
+                k, c = divided(rest, channels)
+                pixel, channel, y_pixel, filter_ = index(1), index(D * H * W), index(1), index(O * P * Q)
+            place = index((((k * channels + c) * T + t) * R + r) * S + s)
+            first = index((divided(k, filters)[0] * channels + c) * channel)
+            from_d = index(t * dilation_d - pad_d)
+            from_h = index(r * dilation_h - pad_h)
+            from_w = index(s * dilation_w - pad_w)
+            m = index(index(cuda.blockIdx.y) * share + row)
+            end = index(min(index(index(cuda.blockIdx.y) * share + share), count))
+            rest, q = divided(m, Q)
+            rest, p = divided(rest, P)
+            n, o = divided(rest, O)
+            while m < end:
+                part, stop = sums(0), index(min(index(m + chain), end))
+                while m < stop:
+                    d, h, w = index(o * stride_d + from_d), index(p * stride_h + from_h), index(q * stride_w + from_w)
+                    if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
+                        at = index(n * C * D * H * W + first + ((d * H + h) * W + w) * pixel)
+                        y_at = index(n * K * O * P * Q + k * filter_ + ((o * P + p) * Q + q) * y_pixel)
+                        part += widen(grad[y_at]) * widen(x[at])
+                    # The thread's next pixel: numbers of mixed radix are added, carries and all.
+                    m = index(m + index(pixels))
+                    q, p, o, n = index(q + walk_q), index(p + walk_p), index(o + walk_o), index(n + walk_n)
+                    if q >= Q:
+                        q, p = index(q - Q), index(p + 1)
+                    if p >= P:
+                        p, o = index(p - P), index(o + 1)
+                    if o >= O:
+                        o, n = index(o - O), index(n + 1)
+                result += part
+        slot = index(row * index(own) + lane)
+        partial[slot] = result
+        cuda.syncthreads()
+        above = index(half)
+        while above > 0:
+            if row < above:
+                partial[slot] += partial[index(slot + above * index(own))]
+            cuda.syncthreads()
+            above = index(above >> 1)
+        if row == 0 and number < total:
+            if to_parts:
+                out[index(index(cuda.blockIdx.y) * total + place)] = partial[slot]
+            else:
+                out[place] = narrow(partial[slot])
+
+    direct_correlate.__name__ = _name("direct_weight_grad", element, channels_last, wide)
+    return direct_correlate
+
+
+# --- host ------------------------------------------------------------------------------------------------------
+
+
+def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
+    """Every geometry of floating-point numbers."""
+    if geometry.dtype.name in SUPPORTED:
+        return True, ""
+    return False, f"on a GPU it computes {', '.join(SUPPORTED)}, not {geometry.dtype}"
+
+
+def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
+    """Predicted time; not measured."""
+    return roofline.seconds(geometry, architecture, SHARE)
+
+
+def workspace(geometry: ConvGeometry, direction: str, limit: int, threads: int = THREADS) -> dict[str, Buffer]:
+    """Sums of parts of the pixels, for the weight gradient of a small weight."""
+    g = geometry
+    cut = _parts(g, threads) if direction == "weight_grad" else 1
+    return {} if cut == 1 else {"parts": Buffer((cut, *g.weight_shape), Element.of(g.dtype).sums_dtype)}
+
+
+def steps(
+    geometry: ConvGeometry,
+    direction: str,
+    activation: str | None = None,
+    bias: bool = False,
+    architecture: str = "sm_90a",
+    threads: int = THREADS,
+) -> list[Step]:
+    """Return the launches of one direction; forward and input gradient end in bias and activation."""
+    if direction == "weight_grad":
+        return _correlate_steps(geometry, threads)
+    return [_gather_step(geometry, direction, CODES[activation], bias, threads)]
 
 
 def needs_wide(geometry: ConvGeometry) -> bool:
     """Return whether an index could pass what 32 bits hold."""
-    x = geometry.batch * geometry.in_channels * math.prod(geometry.input_size)
-    y = geometry.batch * geometry.out_channels * math.prod(geometry.output_size)
-    weight = geometry.out_channels * geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
-    # Threads beyond the last element count on to the end of their block.
-    return max(x, y + THREADS, weight) >= 2**31
+    g = geometry
+    tensors = (math.prod(shape) for shape in (g.x_shape, g.output_shape, g.weight_shape))
+    # Threads beyond the last element count on, and so do pixels beyond the last chain.
+    return max(*tensors, *(2 * n for n in g.padded_size)) + CHAIN * THREADS >= 2**31
 
 
-def numbers(geometry: ConvGeometry) -> tuple[Any, ...]:
-    """Return the numbers that follow the arrays, for a geometry of three spatial dimensions."""
-    K, G = geometry.out_channels, geometry.groups
-    total = geometry.batch * K * math.prod(geometry.output_size)
+def _gather_step(g: ConvGeometry, direction: str, code: int, bias: bool, threads: int) -> Step:
+    forward, element, wide = direction == "forward", Element.of(g.dtype), needs_wide(g)
+    x, y = (g.in_channels, *g.input_size), (g.out_channels, *g.output_size)
+    target, source = (y, x) if forward else (x, y)
+    taps = math.prod(g.kernel_size)
+    # Elements of the weight from one filter to the next.
+    one_filter = taps * g.in_channels // g.groups
+    common = [math.gcd(s, d) for s, d in zip(g.stride, g.dilation)]
+    tap_steps = [1 if forward else s // c for s, c in zip(g.stride, common)]
+    source_steps = [d if forward else -(d // c) for d, c in zip(g.dilation, common)]
+    total = g.batch * math.prod(target)
     sizes = (
-        geometry.in_channels, *geometry.input_size, K, *geometry.kernel_size, *geometry.output_size, K // G,
-        geometry.in_channels // G, *geometry.stride, *(before for before, _ in geometry.padding), *geometry.dilation,
+        total, *target, *source, target[0] // g.groups, source[0] // g.groups, max(CHAIN // taps, 1), *g.kernel_size,
+        one_filter * g.out_channels // g.groups, *((one_filter, taps) if forward else (taps, one_filter)),
+        *g.stride, *_before(g), *g.dilation, *tap_steps, *source_steps,
     )  # fmt: skip
-    return ((np.int64 if needs_wide(geometry) else np.int32)(total), *map(np.int32, sizes))
+    kernel = gather(element, direction, g.data_format == "channels_last", wide, code, bias)
+    names = ("x" if forward else "grad_output", "weight", "bias", "out")
+    arrays = [(name, element.pointer) for name in names]
+    return step(kernel, arrays, sizes, wide, (-(-total // threads),), (threads,))
 
 
-def blocks(geometry: ConvGeometry) -> int:
-    """Return the number of blocks."""
-    return -(-geometry.batch * geometry.out_channels * math.prod(geometry.output_size) // THREADS)
+def _correlate_steps(g: ConvGeometry, threads: int) -> list[Step]:
+    element, wide, cut = Element.of(g.dtype), needs_wide(g), _parts(g, threads)
+    own, pixels = tile(g.data_format, threads)
+    total, count = math.prod(g.weight_shape), _pixels(g)
+    sizes = (
+        total, -(-count // cut), count, CHAIN * pixels, g.in_channels, *g.input_size, g.out_channels, *g.kernel_size,
+        *g.output_size, g.out_channels // g.groups, g.in_channels // g.groups, *g.stride, *_before(g), *g.dilation,
+        *digits(pixels, (g.batch + pixels, *g.output_size)),
+    )  # fmt: skip
+    kernel = correlate(element, g.data_format == "channels_last", wide, own, pixels, cut > 1)
+    target = ("parts", CPointer(element.sums)) if cut > 1 else ("out", element.pointer)
+    arrays = [("grad_output", element.pointer), ("x", element.pointer), target]
+    first = step(kernel, arrays, sizes, wide, (-(-total // own), cut), (own, pixels))
+    return [first] if cut == 1 else [first, add_step(element, total, cut, wide, threads)]
+
+
+def _parts(g: ConvGeometry, threads: int) -> int:
+    """Return how many parts the pixels of the weight gradient are cut in."""
+    return parts(math.prod(g.weight_shape), _pixels(g), g.data_format, threads)
+
+
+def _before(g: ConvGeometry) -> tuple[int, ...]:
+    return tuple(before for before, _ in g.padding)
+
+
+def _pixels(g: ConvGeometry) -> int:
+    return g.batch * math.prod(g.output_size)

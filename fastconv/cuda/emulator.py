@@ -103,8 +103,9 @@ def emulate(
     function: Any = getattr(kernel, "py_func", kernel)
     target = Architecture.named(architecture)
     target.check(functions.reached(function))
-    machine = _Machine(function, _triple(grid), _triple(block), shared_bytes, target, seed)
+    # Threads run in a copy of the context that the machine is made in, and NumPy's error state is part of it.
     with np.errstate(all="ignore"):
+        machine = _Machine(function, _triple(grid), _triple(block), shared_bytes, target, seed)
         machine.run(arguments)
     return machine.report()
 

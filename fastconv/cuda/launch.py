@@ -126,6 +126,11 @@ class Launcher:
         return _stream(self._driver, arrays.stream_handle(value))
 
 
+def stream(handle: int) -> Any:
+    """Return the stream of a handle, as a launch takes it."""
+    return _stream(driver(), handle)
+
+
 @lru_cache(maxsize=256)
 def _stream(using: Any, handle: int) -> Any:
     return using.stream(handle)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import FLOATING
-from ..errors import ArgumentError, ArgumentTypeError, DTypeError, FastconvError
+from ..errors import ArgumentError, ArgumentTypeError, DTypeError, FastconvError, UnsupportedError
 from ..geometry import ReceptiveField
 
 Array = Any
@@ -335,4 +335,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
         value = value.detach()
     if isinstance(value, (int, float, np.generic)):
         return np.asarray(value)
-    return arrays.library_of(name, value).adopt(name, value)
+    library = arrays.library_of(name, value)
+    if library.device != "cpu":
+        raise UnsupportedError(f"{name} is an array of {library.name}; layers compute on the CPU so far")
+    return library.adopt(name, value)

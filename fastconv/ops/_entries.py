@@ -36,9 +36,9 @@ def _entry(core: Callable[..., Any], dims: int) -> Callable[..., Any]:
     return entry
 
 
-def runner(device: str) -> Any:
-    """Return the module that runs operations on a device."""
-    return import_module(f"fastconv.{device}.run")
+def runner(device: str, module: str = "run") -> Any:
+    """Return the module that runs operations on a device: the CPU, or a GPU of some architecture."""
+    return import_module(f"fastconv.{'cpu' if device == 'cpu' else 'cuda'}.{module}")
 
 
 def batched(array: Any, is_batched: bool) -> Any:

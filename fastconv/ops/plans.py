@@ -6,7 +6,6 @@ everything else that does not depend on the input's numbers.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from .. import arrays, config, registry, selection
 from ..arrays import INTEGER8
 from ..errors import ArgumentTypeError, DTypeError, ShapeError
 from ..geometry import PADDING_MODES, ConvGeometry, one_of
-from ._entries import as_given, batched, entries
+from ._entries import as_given, batched, entries, runner
 from .convolution import adopt_all, adopt_out, check_activation, check_bias, check_dtypes, check_weight_dims
 
 
@@ -62,7 +61,7 @@ class ConvPlan:
         self._asked = (algorithm, precision)
         self._options = {name: config.get(name) for name in ("algorithm", "precision", "workspace_limit")}
         self._dtype = arrays.compute_dtype(geometry.dtype) if geometry.dtype.name in INTEGER8 else geometry.dtype
-        self._device = import_module(f"fastconv.{library.device}.plan")
+        self._device = runner(library.device, "plan")
         self._made = self._make()
 
     def __call__(self, x: Any, out: Any = None) -> Any:
@@ -107,7 +106,11 @@ class ConvPlan:
     def workspace_bytes(self) -> int:
         """Bytes beside the arrays of a call."""
         made = self._made
-        return registry.workspace_bytes(made.choice.buffers) + selection.staging_bytes(self.geometry) + made.nbytes
+        return (
+            registry.workspace_bytes(made.choice.buffers)
+            + selection.staging_bytes(self.geometry, self._library.device)
+            + made.nbytes
+        )
 
     def refresh(self) -> None:
         """Pack the weight as it is now. Calls do so by themselves when they find it changed."""

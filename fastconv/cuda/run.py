@@ -1,0 +1,357 @@
+"""Running on a GPU: from the caller's arrays to lists of steps, and those to the driver or to the emulator.
+
+Kernels take C-contiguous arrays of three spatial dimensions, in float32, float64, float16 or bfloat16 as they are. Here
+memory is laid out so (copied only if it is not so already), results and workspace are allocated by the caller's
+library, on its device and stream, and steps are compiled once and launched with addresses. It has run against a driver
+that emulates, on no GPU.
+
+All arrays are `arrays.DeviceArray`s with a batch, in the format of the geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import DeviceArray, DeviceLibrary
+from ..errors import ArgumentError, UnsupportedError
+from ..geometry import ConvGeometry
+from ..registry import Buffer
+from . import launch, padding
+from .compile import compile_kernel
+from .steps import Step
+
+# What kernels may take for granted of an address: their widest access.
+ALIGNMENT = 16
+
+
+# --- steps -----------------------------------------------------------------------------------------------------
+
+
+def split_arguments(step: Step) -> tuple[tuple[str, ...], tuple[np.generic, ...]]:
+    """Return the names of a step's arrays and the numbers that follow them."""
+    first = next((i for i, a in enumerate(step.arguments) if not isinstance(a, str)), len(step.arguments))
+    names, numbers = step.arguments[:first], step.arguments[first:]
+    if not all(isinstance(a, np.generic) for a in numbers) or len(step.arguments) != len(step.signature):
+        raise ArgumentError(f"{step.kernel.__name__} must take names of arrays and then NumPy scalars, as it declares")
+    return names, numbers  # type: ignore[return-value]
+
+
+def emulated(
+    steps: Iterable[Step],
+    arrays: Mapping[str, np.ndarray | None],
+    seed: int | None = None,
+    architecture: str = "sm_90a",
+) -> list[Any]:
+    """Run steps in the emulator, on NumPy arrays that are written in place; return what each did to memory.
+
+    An array that is absent or None is empty: a kernel that touches it is refused.
+    """
+    from .emulator import emulate
+
+    reports = []
+    for step in steps:
+        names, numbers = split_arguments(step)
+        given = [_stored(arrays.get(name)) for name in names]
+        reports.append(
+            emulate(
+                step.kernel, step.grid, step.block, *given, *numbers,
+                shared_bytes=step.shared_bytes, architecture=architecture, seed=seed,
+            )
+        )  # fmt: skip
+    return reports
+
+
+def _stored(array: np.ndarray | None) -> np.ndarray:
+    """Return an array as kernels have it: bfloat16 as the bits it is."""
+    if array is None:
+        return np.empty(0, np.float32)
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+class Launch(NamedTuple):
+    """A step that is ready on one device: the launcher, and the names of the arrays that it takes."""
+
+    launcher: launch.Launcher
+    names: tuple[str, ...]
+
+
+def ready(steps: Iterable[Step], architecture: str) -> list[Launch]:
+    """Compile steps, or take them from the disk, and load them on the current device."""
+    made = []
+    for step in steps:
+        names, numbers = split_arguments(step)
+        code = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
+        made.append(Launch(launch.Launcher(code, step.grid, step.block, numbers, step.shared_bytes), names))
+    return made
+
+
+def launched(launches: Iterable[Launch], addresses: Mapping[str, int], stream: int = 0) -> None:
+    """Launch what is ready, on a stream of this handle; an array that is absent is a null pointer."""
+    on = launch.stream(stream)
+    for launcher, names in launches:
+        launcher(on, *[addresses.get(name, 0) for name in names])
+
+
+@lru_cache(maxsize=1024)
+def _conv_launches(
+    algorithm: Any, geometry: ConvGeometry, direction: str, activation: str | None, bias: bool, library: DeviceLibrary
+) -> list[Launch]:
+    """Return the launches of a convolution on a library's GPU, which is the current one."""
+    made = algorithm.implementation.steps(geometry, direction, activation, bias, library.device)
+    return ready(made, library.device)
+
+
+def _run(
+    launches: list[Launch],
+    library: DeviceLibrary,
+    arrays: Mapping[str, DeviceArray | None],
+    buffers: Mapping[str, Buffer] | None = None,
+) -> None:
+    """Launch on the current stream, with workspace of the library.
+
+    The memory of what is freed then is given to later work of the same stream, so nothing waits.
+    """
+    lent = {name: library.empty(b.shape, np.dtype(b.dtype)) for name, b in (buffers or {}).items() if b.owned}
+    held = {name: array for name, array in {**arrays, **lent}.items() if array is not None}
+    launched(launches, {name: array.address for name, array in held.items()}, library.stream())
+
+
+# --- convolution -----------------------------------------------------------------------------------------------
+
+
+def stored_format(array: DeviceArray, data_format: str) -> str:
+    """Return the memory format to compute in: the one the array has, or else its own data format."""
+    other = {"channels_first": "channels_last", "channels_last": "channels_first"}[data_format]
+    return other if not array.is_contiguous and _moved(array, data_format, other).is_contiguous else data_format
+
+
+def conv_forward(
+    choice: Any,
+    geometry: ConvGeometry,
+    stored: str,
+    x: DeviceArray,
+    weight: DeviceArray,
+    bias: DeviceArray | None,
+    activation: str | None,
+    out: DeviceArray | None,
+) -> DeviceArray:
+    """Return activation(conv(x, weight) + bias), in `out` if that is given."""
+    g, library = geometry, x.library
+    with library.current():
+        x = _laid_out(x, g.data_format, stored)
+        if g.padding_mode != "zeros":
+            x = padding.pad(x, g.padding, g.padding_mode, _first_axis(stored))
+        operands = {"x": x, "weight": _contiguous(weight), "bias": _contiguous(bias)}
+        shape = _shape(stored, g.batch, g.out_channels, g.output_size)
+        return _computed(choice, "forward", g, stored, shape, operands, activation, out)
+
+
+def conv_input_grad(
+    choice: Any,
+    geometry: ConvGeometry,
+    stored: str,
+    grad_output: DeviceArray,
+    weight: DeviceArray,
+    out: DeviceArray | None = None,
+    bias: DeviceArray | None = None,
+    activation: str | None = None,
+) -> DeviceArray:
+    """Return the gradient with respect to the input; as a transposed convolution, through bias and activation."""
+    g, library = geometry, grad_output.library
+    with library.current():
+        operands = {
+            "grad_output": _laid_out(grad_output, g.data_format, stored),
+            "weight": _contiguous(weight),
+            "bias": _contiguous(bias),
+        }
+        shape = _shape(stored, g.batch, g.in_channels, g.padded_size if g.padding_mode != "zeros" else g.input_size)
+        if g.padding_mode == "zeros":
+            return _computed(choice, "input_grad", g, stored, shape, operands, activation, out)
+        padded = library.empty(shape, g.dtype)
+        _compute(choice, "input_grad", library, {**operands, "out": padded}, None)
+        folded = padding.fold_back(padded, g.padding, g.padding_mode, _first_axis(stored))
+        return _given_back(folded, stored, g.data_format, out)
+
+
+def conv_weight_grad(
+    choice: Any, geometry: ConvGeometry, stored: str, grad_output: DeviceArray, x: DeviceArray
+) -> DeviceArray:
+    """Return the gradient with respect to the weight."""
+    g, library = geometry, x.library
+    with library.current():
+        x = _laid_out(x, g.data_format, stored)
+        if g.padding_mode != "zeros":
+            x = padding.pad(x, g.padding, g.padding_mode, _first_axis(stored))
+        result = library.empty(g.weight_shape, g.dtype)
+        operands = {"grad_output": _laid_out(grad_output, g.data_format, stored), "x": x, "out": result}
+        _compute(choice, "weight_grad", library, operands, None)
+        return result
+
+
+def bias_grad(grad_output: DeviceArray, data_format: str) -> DeviceArray:
+    """Return the sum of the gradient over batch and space."""
+    library, stored = grad_output.library, stored_format(grad_output, data_format)
+    with library.current():
+        grad = _laid_out(grad_output, data_format, stored)
+        N, K = grad.shape[0], grad.shape[1 if stored == "channels_first" else -1]
+        result = library.empty((K,), grad.dtype)
+        L = grad.size // max(N * K, 1)
+        launches, buffers = _bias_grad_launches(N, K, L, stored, grad.dtype, library)
+        _run(launches, library, {"grad_output": grad, "out": result}, buffers)
+        return result
+
+
+@lru_cache(maxsize=256)
+def _bias_grad_launches(
+    N: int, K: int, L: int, stored: str, dtype: np.dtype, library: DeviceLibrary
+) -> tuple[list[Launch], dict[str, Buffer]]:
+    from . import bias
+
+    return ready(bias.steps(N, K, L, stored, dtype), library.device), bias.workspace(N, K, L, stored, dtype)
+
+
+def _computed(
+    choice: Any,
+    direction: str,
+    geometry: ConvGeometry,
+    stored: str,
+    shape: tuple[int, ...],
+    operands: dict[str, DeviceArray | None],
+    activation: str | None,
+    out: DeviceArray | None,
+) -> DeviceArray:
+    """Return what an algorithm makes of operands, in the format of the geometry, in `out` if that is given."""
+    library = next(a.library for a in operands.values() if a is not None)
+    inside = None if out is None else _moved(out, geometry.data_format, stored)
+    if inside is None or not _is_ready(inside) or any(_overlap(inside, a) for a in operands.values()):
+        inside = library.empty(shape, geometry.dtype)
+        _compute(choice, direction, library, {**operands, "out": inside}, activation)
+        return _given_back(inside, stored, geometry.data_format, out)
+    _compute(choice, direction, library, {**operands, "out": inside}, activation)
+    return out  # type: ignore[return-value]
+
+
+def _compute(
+    choice: Any,
+    direction: str,
+    library: DeviceLibrary,
+    arrays: Mapping[str, DeviceArray | None],
+    activation: str | None,
+) -> None:
+    """Write what an algorithm computes to `out`, through bias and activation."""
+    result, bias = arrays["out"], arrays.get("bias")
+    assert result is not None, "somebody wants the result"
+    fused = direction in getattr(choice.algorithm.implementation, "FUSED", ("forward",))
+    how = (activation, bias is not None) if fused else (None, False)
+    launches = _conv_launches(choice.algorithm, choice.geometry, direction, *how, library)
+    _run(launches, library, arrays, choice.buffers)
+    if not fused and (bias is not None or activation is not None):
+        g = choice.geometry
+        channels = g.out_channels if direction == "forward" else g.in_channels
+        pixels = result.size // (g.batch * channels) if g.data_format == "channels_first" else 1
+        ending = _bias_launches(result.size, channels, pixels, g.dtype, activation, bias is not None, library)
+        _run(ending, library, {"out": result, "bias": bias})
+
+
+@lru_cache(maxsize=256)
+def _bias_launches(
+    size: int, channels: int, pixels: int, dtype: np.dtype, activation: str | None, has_bias: bool, library: Any
+) -> list[Launch]:
+    from . import bias
+
+    return ready(bias.apply_steps(size, channels, pixels, dtype, activation, has_bias), library.device)
+
+
+# --- prepared calls --------------------------------------------------------------------------------------------
+
+
+def prepared_forward(choice: Any, geometry: ConvGeometry, activation: str | None) -> None:
+    """Calls of GPU arrays all go the long way: what is kept for them is what was compiled and loaded."""
+
+
+def prepared_input_grad(choice: Any, geometry: ConvGeometry) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+def prepared_weight_grad(choice: Any, geometry: ConvGeometry) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+def prepared_bias_grad(geometry: ConvGeometry) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def _moved(array: DeviceArray, data_format: str, wanted: str) -> DeviceArray:
+    """Return a view of a batched array of one format in another."""
+    if data_format == wanted:
+        return array
+    return array.moved(1, -1) if data_format == "channels_first" else array.moved(-1, 1)
+
+
+def _is_ready(array: DeviceArray) -> bool:
+    return array.is_contiguous and array.address % ALIGNMENT == 0
+
+
+def _contiguous(array: DeviceArray | None) -> DeviceArray | None:
+    """Return an array that kernels can take, copied only if it is not one already."""
+    if array is None or _is_ready(array):
+        return array
+    fresh = array.library.empty(array.shape, array.dtype)
+    fresh.fill_from(array)
+    return fresh
+
+
+def _laid_out(array: DeviceArray, data_format: str, stored: str) -> DeviceArray:
+    return _contiguous(_moved(array, data_format, stored))  # type: ignore[return-value]
+
+
+def _given_back(result: DeviceArray, stored: str, data_format: str, out: DeviceArray | None) -> DeviceArray:
+    result = _moved(result, stored, data_format)
+    if out is None:
+        return result
+    out.fill_from(result)
+    return out
+
+
+def _overlap(a: DeviceArray, b: DeviceArray | None) -> bool:
+    """Return whether two contiguous arrays share memory."""
+    if b is None:
+        return False
+    return a.address < b.address + b.nbytes and b.address < a.address + a.nbytes
+
+
+def _shape(stored: str, batch: int, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
+    return (batch, channels, *spatial) if stored == "channels_first" else (batch, *spatial, channels)
+
+
+def _first_axis(stored: str) -> int:
+    return 2 if stored == "channels_first" else 1
+
+
+# --- not there yet ---------------------------------------------------------------------------------------------
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise UnsupportedError(f"{name} has no CUDA kernels yet; convolution has")
+
+    refuse.__doc__ = f"Refuse {name}."
+    return refuse
+
+
+max_pool, max_pool_backward, max_unpool, max_unpool_backward = map(
+    _missing, ("max_pool", "max_pool_backward", "max_unpool", "max_unpool_backward")
+)
+avg_pool, avg_pool_backward, lp_pool, lp_pool_backward = map(
+    _missing, ("avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward")
+)
+prepared_max_pool, prepared_max_pool_backward = map(_missing, ("max_pool", "max_pool_backward"))
+prepared_avg_pool, prepared_avg_pool_backward = map(_missing, ("avg_pool", "avg_pool_backward"))
+unfold, fold = map(_missing, ("unfold", "fold"))

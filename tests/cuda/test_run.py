@@ -1,0 +1,356 @@
+"""Public operations on arrays of a GPU, as far as that goes without one: CuPy and the driver are stand-ins."""
+
+import sys
+from types import SimpleNamespace
+
+import gpu
+import ml_dtypes
+import numpy as np
+import pytest
+from support import normal, whole
+
+import fastconv
+from fastconv import arrays, reference, registry
+from fastconv.cuda import direct, launch, run
+from fastconv.cuda.steps import Step
+from fastconv.testing import assert_close
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = gpu.Cupy()
+    driver = gpu.Driver(module.memory)
+    module.driver = driver
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(launch, "driver", lambda: driver)
+    monkeypatch.setattr(run, "compile_kernel", driver.compile)
+    forget()
+    yield module
+    forget()
+
+
+def forget():
+    for cache in (arrays._cupy_on, launch._stream, run._conv_launches, run._bias_grad_launches, run._bias_launches):
+        cache.cache_clear()
+
+
+X, W, B = (2, 4, 5, 6), (6, 2, 3, 2), (6,)
+HOW = {"stride": (2, 1), "padding": 1, "dilation": (1, 2), "groups": 2}
+
+
+def operands(make=whole, dtype="float32"):
+    return [make(name, shape=shape, dtype=dtype) for name, shape in (("x", X), ("w", W), ("b", B))]
+
+
+def last(array):
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+
+
+@pytest.mark.parametrize("memory", ["channels_first", "channels_last", "first over last"])
+def test_convolution_and_its_gradients(cupy, memory):
+    x, w, b = operands()
+    y = reference.conv(x, w, b, **HOW)
+    g = whole("g", shape=y.shape)
+    grads = reference.conv_backward(g, x, w, **HOW)
+    data_format = "channels_last" if memory == "channels_last" else "channels_first"
+
+    def put(array):
+        if memory == "channels_first":
+            return cupy.asarray(array)
+        held = cupy.asarray(last(array))
+        return held if memory == "channels_last" else cupy.moveaxis(held, -1, 1)
+
+    def back(array):
+        return np.moveaxis(array.host, -1, 1) if memory == "channels_last" else array.host
+
+    how = {**HOW, "data_format": data_format}
+    got = fastconv.conv2d(put(x), cupy.asarray(w), cupy.asarray(b), **how)
+    assert isinstance(got, cupy.ndarray)
+    assert np.array_equal(back(got), y)
+    if memory == "first over last":
+        assert np.moveaxis(got.host, 1, -1).flags.c_contiguous
+    found = fastconv.conv2d_backward(put(g), put(x), cupy.asarray(w), **how)
+    assert np.array_equal(back(found.input), grads[0])
+    assert np.array_equal(found.weight.host, grads[1])
+    assert np.array_equal(found.bias.host, grads[2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
+def test_other_dtypes_reach_the_kernels_as_they_are(cupy, dtype):
+    x, w, b = operands(normal, dtype)
+    y = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), **HOW, activation="tanh")
+    assert y.dtype == np.dtype(dtype)
+    assert_close(y.host, reference.conv(x, w, b, **HOW, activation="tanh"), reduction_length=13)
+    g = normal("g", shape=y.shape, dtype=dtype)
+    expected = reference.conv_backward(g, x, w, **HOW)
+    got = fastconv.conv2d_backward(*map(cupy.asarray, (g, x, w)), **HOW)
+    for found, wanted in zip(got, expected):
+        assert_close(found.host, wanted, reduction_length=60)
+
+
+def test_one_and_three_dimensions_and_no_batch(cupy):
+    x, w = whole("x", shape=(2, 9)), whole("w", shape=(3, 2, 3))
+    assert np.array_equal(fastconv.conv1d(cupy.asarray(x), cupy.asarray(w)).host, reference.conv(x[None], w)[0])
+    x, w = whole("x", shape=(1, 2, 3, 4, 3)), whole("w", shape=(2, 2, 2, 2, 2))
+    assert np.array_equal(fastconv.conv3d(cupy.asarray(x), cupy.asarray(w)).host, reference.conv(x, w))
+
+
+def test_the_transposed_convolution_ends_in_bias_and_activation(cupy):
+    x, w, b = whole("x", shape=(2, 4, 3, 3)), whole("w", shape=(4, 3, 3, 3)), whole("b", shape=(3,))
+    how = {"stride": 2, "padding": 1, "output_padding": 1}
+    y = fastconv.conv_transpose2d(*map(cupy.asarray, (x, w, b)), **how, activation="relu")
+    assert np.array_equal(y.host, np.maximum(reference.conv_transpose(x, w, b, **how), 0))
+    assert len(cupy.driver.launches) == 1
+    g = whole("g", shape=y.shape)
+    got = fastconv.conv_transpose2d_backward(*map(cupy.asarray, (g, x, w)), **how)
+    for found, expected in zip(got, reference.conv_transpose_backward(g, x, w, **how)):
+        assert np.array_equal(found.host, expected)
+
+
+def test_algorithms_that_do_not_end_in_bias_and_activation_get_a_kernel_that_does(cupy, monkeypatch):
+    monkeypatch.setattr(direct, "FUSED", ())
+    for channels_last in (False, True):
+        x, w, b = operands()
+        y = np.maximum(reference.conv(x, w, b, **HOW), 0)
+        how = {**HOW, "data_format": "channels_last" if channels_last else "channels_first"}
+        x, y = (last(x), last(y)) if channels_last else (x, y)
+        got = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), **how, activation="relu")
+        assert np.array_equal(got.host, y)
+    assert [name for name, _ in cupy.driver.launches if "ending" in name] == ["bias_ending_float32_32"] * 2
+
+
+@pytest.mark.parametrize("mode", ["reflect", "symmetric", "replicate", "circular"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_padding_that_copies_the_image(cupy, mode, channels_last):
+    x, w = whole("x", shape=(1, 2, 4, 5)), whole("w", shape=(2, 2, 3, 3))
+    how = {"padding": ((1, 2), (3, 0)), "padding_mode": mode}
+    y = reference.conv(x, w, **how)
+    g = whole("g", shape=y.shape)
+    dx, dw, _ = reference.conv_backward(g, x, w, **how)
+    if channels_last:
+        x, y, g, dx = map(last, (x, y, g, dx))
+        how["data_format"] = "channels_last"
+    assert np.array_equal(fastconv.conv2d(cupy.asarray(x), cupy.asarray(w), **how).host, y)
+    got = fastconv.conv2d_backward(*map(cupy.asarray, (g, x, w)), **how, needs=("input", "weight"))
+    assert np.array_equal(got.input.host, dx)
+    assert np.array_equal(got.weight.host, dw)
+
+
+def test_results_go_to_out_whatever_it_is(cupy):
+    x, w, b = operands()
+    y = reference.conv(x, w, b, **HOW)
+    given = [*map(cupy.asarray, (x, w, b))]
+    whole_out = cupy.empty(y.shape, np.float32)
+    strided = cupy.asarray(np.zeros((*y.shape[:-1], 2 * y.shape[-1]), np.float32))[..., ::2]
+    odd = cupy.asarray(np.zeros(y.shape, np.float32), offset=4)
+    for out in (whole_out, strided, odd):
+        assert fastconv.conv2d(*given, **HOW, out=out) is out
+        assert np.array_equal(out.host, y)
+    # The result over its own input: an identity that would read what it has written.
+    x, w = whole("x", shape=(1, 2, 4, 4)), whole("w", shape=(2, 2, 3, 3))
+    both = cupy.asarray(x)
+    fastconv.conv2d(both, cupy.asarray(w), padding=1, out=both)
+    assert np.array_equal(both.host, reference.conv(x, w, padding=1))
+
+
+def test_arrays_may_have_any_strides_and_begin_anywhere(cupy):
+    x, w, b = operands()
+    y = reference.conv(x, w, b, **HOW)
+    strange = cupy.moveaxis(cupy.asarray(np.ascontiguousarray(np.moveaxis(x, 2, 0))), 0, 2)
+    odd = cupy.asarray(x, offset=4)
+    for given in (strange, odd):
+        got = fastconv.conv2d(given, cupy.asarray(w, offset=8), cupy.asarray(b, offset=12), **HOW)
+        assert np.array_equal(got.host, y)
+        assert np.array_equal(given.host, x)
+
+
+def test_nothing_to_compute(cupy):
+    x, w, _ = operands()
+    none = cupy.asarray(x[:0])
+    y = fastconv.conv2d(none, cupy.asarray(w), **HOW)
+    assert isinstance(y, cupy.ndarray)
+    assert y.shape == (0, *reference.conv(x, w, **HOW).shape[1:])
+    got = fastconv.conv2d_backward(y, none, cupy.asarray(w), **HOW)
+    assert not got.weight.host.any()
+    assert got.input.shape == none.shape
+    assert not cupy.driver.launches
+
+
+def test_plans(cupy):
+    x, w, b = operands()
+    held = cupy.asarray(w)
+    plan = fastconv.plan_conv2d(X, held, cupy.asarray(b), **HOW)
+    assert np.array_equal(plan(cupy.asarray(x)).host, reference.conv(x, w, b, **HOW))
+    held.host[...] *= 2
+    assert np.array_equal(plan(cupy.asarray(x)).host, reference.conv(x, 2 * w, b, **HOW))
+    assert (plan.algorithm, plan.workspace_bytes) == ("direct", 0)
+
+
+def test_calls_alike_are_compiled_and_loaded_once_and_launched_on_the_stream_of_the_library(cupy):
+    x, w, b = map(cupy.asarray, operands())
+    for stream in (0, 4096):
+        cupy.stream = stream
+        fastconv.conv2d(x, w, b, **HOW)
+    assert cupy.driver.loads == 1
+    assert cupy.driver.launches == [("direct_forward_float32_first_32", 0), ("direct_forward_float32_first_32", 4096)]
+
+
+def test_sums_in_several_parts_use_the_workspace_that_was_declared(cupy):
+    x, w = whole("x", shape=(1, 1, 100, 100)), np.ones((1, 1, 1, 1), np.float32)
+    geometry = fastconv.ConvGeometry.create(x.shape, w.shape)
+    inner = geometry.lifted("channels_first", geometry.dtype)
+    assert direct.workspace(inner, "weight_grad", 0)["parts"].shape == (5, 1, 1, 1, 1, 1)
+    got = fastconv.conv2d_backward(*map(cupy.asarray, (x, x, w)), needs=("weight", "bias"))
+    assert got.weight.host.item() == (x * x).sum()
+    assert got.bias.host.item() == x.sum()
+    assert [name for name, _ in cupy.driver.launches] == [
+        "direct_weight_grad_float32_first_32", "add_parts_float32_32", "bias_gradient_float32_first_32",
+        "add_parts_float32_32",
+    ]  # fmt: skip
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_kernels_says_so(cupy):
+    x = cupy.asarray(np.zeros((1, 2, 4, 4), np.float32))
+    calls = {
+        "max_pool": lambda: fastconv.max_pool2d(x, 2),
+        "avg_pool": lambda: fastconv.avg_pool2d(x, 2),
+        "unfold": lambda: fastconv.unfold(x, 2),
+    }
+    for name, call in calls.items():
+        with pytest.raises(fastconv.UnsupportedError, match=f"{name} has no CUDA kernels yet"):
+            call()
+    small = cupy.asarray(np.zeros((1, 2, 4, 4), np.int8))
+    with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU it computes float32, .*, not int32"):
+        fastconv.conv2d(small, small)
+    with pytest.raises(fastconv.UnsupportedError, match="there is no such algorithm on the cuda yet"):
+        fastconv.conv2d(x, x, algorithm="fft")
+    with pytest.raises(fastconv.UnsupportedError, match="is an array of cupy on GPU 0; layers compute on the CPU"):
+        fastconv.nn.Linear(2, 2).load_state_dict({"weight": x, "bias": x})
+
+
+def test_arrays_of_the_host_and_of_a_gpu_do_not_mix(cupy):
+    x, w, _ = operands()
+    with pytest.raises(fastconv.ArgumentTypeError, match="weight is an array of numpy but x is one of cupy on GPU 0"):
+        fastconv.conv2d(cupy.asarray(x), w)
+    with pytest.raises(fastconv.ArgumentTypeError, match="out must be an array of cupy on GPU 0, like x"):
+        fastconv.conv2d(cupy.asarray(x), cupy.asarray(w), **HOW, out=np.zeros(3))
+    far = cupy.asarray(w)
+    far.device.id = 1
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"weight is an array of cupy on GPU 1 but x is one of .* 0"):
+        fastconv.conv2d(cupy.asarray(x), far)
+
+
+def test_without_a_driver_the_error_says_what_is_missing(cupy, monkeypatch):
+    def refuse():
+        raise fastconv.UnsupportedError("no NVIDIA driver can be loaded: libcuda.so.1 is not there")
+
+    monkeypatch.setattr(launch, "driver", refuse)
+    x, w, b = map(cupy.asarray, operands())
+    with pytest.raises(fastconv.UnsupportedError, match=r"no NVIDIA driver can be loaded: libcuda.so.1 is not there"):
+        fastconv.conv2d(x, w, b, **HOW)
+
+
+def test_tensors_on_a_gpu_are_adopted():
+    torch = pytest.importorskip("torch")
+    library = arrays._torch_on(0)
+    # A tensor on the CPU has the same members.
+    tensor = torch.arange(24.0).reshape(1, 2, 3, 4).to(torch.bfloat16)
+    held = library.adopt("x", tensor)
+    assert (held.shape, held.dtype, held.address) == ((1, 2, 3, 4), ml_dtypes.bfloat16, tensor.data_ptr())
+    assert held.is_contiguous
+    assert not held.moved(1, -1).is_contiguous
+    assert held.moved(1, -1).shape == (1, 3, 4, 2)
+    with pytest.raises(fastconv.ArgumentTypeError, match="x is a tensor that requires grad"):
+        library.adopt("x", torch.zeros(3, requires_grad=True))
+    with pytest.raises(fastconv.UnsupportedError, match="x is a tensor on meta"):
+        arrays.library_of("x", torch.zeros(3, device="meta"))
+    assert library.name == "torch on GPU 0"
+
+
+class Foreign:
+    """An array of a library that offers its memory."""
+
+    def __init__(self, held):
+        self.held, self.__cuda_array_interface__ = held, {"version": 3}
+
+
+def test_arrays_of_smaller_libraries_are_read_in_place_by_cupy(cupy, monkeypatch):
+    x, w, b = operands()
+    got = fastconv.conv2d(*(Foreign(cupy.asarray(a)) for a in (x, w, b)), **HOW)
+    assert isinstance(got, cupy.ndarray)
+    assert np.array_equal(got.host, reference.conv(x, w, b, **HOW))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(
+        fastconv.MissingDependencyError, match=r"x is a Foreign on a GPU, which needs CuPy: pip install"
+    ):
+        fastconv.conv2d(Foreign(None), Foreign(None))
+
+
+@pytest.mark.parametrize("record", registry.on("cuda"), ids=lambda r: r.name)
+def test_every_record_is_complete(record):
+    assert record.family in registry.FAMILIES
+    module = record.implementation
+    for name in ("supports", "workspace", "seconds", "steps"):
+        assert getattr(module, name).__doc__, f"{record.name}.{name} has no docstring"
+
+
+def test_steps_take_arrays_and_then_numbers():
+    def kernel(x, n):
+        pass
+
+    for arguments in ((np.int32(1), "x"), ("x", 1), ("x",)):
+        step = Step(kernel, (None, None), (1,), (1,), arguments)
+        with pytest.raises(fastconv.ArgumentError, match="kernel must take names of arrays and then NumPy scalars"):
+            run.split_arguments(step)
+
+
+# --- the tables ------------------------------------------------------------------------------------------------
+
+GEOMETRY = fastconv.ConvGeometry.create(X, W, **HOW)
+
+
+@pytest.mark.parametrize("device", ["cuda", "sm_75", "sm_90a", "sm_120"])
+def test_algorithms_are_listed_for_an_architecture_without_a_gpu(device):
+    rows = fastconv.algorithms(GEOMETRY, device, direction="weight_grad")
+    assert "direct" in [row.name for row in rows if row.supported]
+    assert sum(row.chosen for row in rows) == 1
+    assert all(row.seconds > 0 for row in rows if row.supported)
+
+
+def test_faster_gpus_are_predicted_to_be_faster():
+    big = fastconv.ConvGeometry.create((32, 64, 56, 56), (64, 64, 3, 3))
+    old, new = (fastconv.algorithms(big, device)[0].seconds for device in ("sm_75", "sm_90a"))
+    assert old > 2 * new
+
+
+def test_a_dtype_that_no_kernel_has_leaves_a_list_of_refusals():
+    integers = fastconv.ConvGeometry.create(X, W, **HOW, dtype=np.int8)
+    assert not any(row.supported or row.chosen for row in fastconv.algorithms(integers, "sm_90a"))
+    assert "on a GPU it computes float32" in fastconv.explain(integers, "sm_90a")
+
+
+def test_explain_shows_the_machine_code_of_an_architecture():
+    table = fastconv.explain(GEOMETRY, "sm_80", direction="input_grad").splitlines()
+    at = table.index("kernels for sm_80, compiled")
+    assert table[at + 1].split()[:2] == ["algorithm", "kernel"]
+    (row,) = [line for line in table[at:] if line.startswith("direct ")]
+    name, kernel, blocks, _, threads, registers, resident, shared, unit, instructions, loop = row.split()[:11]
+    assert (name, kernel, blocks, threads) == ("direct", "direct_input_grad_float32_first_32", "2", "128")
+    assert 16 <= int(registers) <= 64
+    assert resident.endswith("%")
+    assert (shared, unit) == ("0", "B")
+    assert int(instructions) > int(loop) > 0
+    assert "FFMA" in row or "IMAD" in row
+
+
+def test_a_device_array_is_what_operations_see_of_it(cupy):
+    held = arrays.adopt(x=cupy.asarray(np.zeros((3, 4), np.float32)))[1][0]
+    assert (held.ndim, held.size, held.nbytes, len(held)) == (2, 12, 48, 3)
+    assert held[None].shape == (1, 3, 4)
+    assert held.flags.writeable
+    with fastconv.options(poison=True):
+        assert np.isnan(held.library.empty((2,), np.dtype(np.float32)).held.host).all()
+    assert SimpleNamespace(x=held).x.reshape((4, 3)).shape == (4, 3)
