@@ -443,3 +443,180 @@ def gather(
 
     kernel.__name__ = f"gather_{'nhwc' if channels_last else 'nchw'}_{rows}x{columns}x{depth}_{run}"
     return kernel
+
+
+# --- weight gradient -------------------------------------------------------------------------------------------
+
+
+def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
+    """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x; beyond the last it is outside."""
+    index, divided, _ = width(wide)
+
+    def pixels_of_output(
+        pixels, entries, total, C, D, H, W, O, P, Q, d_first, h_first, w_first, d_step, h_step, w_step
+    ):  # fmt: skip
+        number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
+        if number < entries:
+            rest, q = divided(number, Q)
+            rest, p = divided(rest, P)
+            n, o = divided(rest, O)
+            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
+            place, plane = (d * H + h) * W + w, index(D) * H * W
+            at = index(number * index(4))
+            pixels[at] = index((n * plane + place) * C if channels_last else n * plane * C + place)
+            pixels[index(at + 1)] = d if number < total else index(OUTSIDE)
+            pixels[index(at + 2)] = h
+            pixels[index(at + 3)] = w
+
+    pixels_of_output.__name__ = f"pixels_of_output_{'nhwc' if channels_last else 'nchw'}_{64 if wide else 32}"
+    return pixels_of_output
+
+
+# Elements between the rows of a tile that is written down its columns: eight of them meet eight groups of banks.
+PAD = 4
+
+
+def weight_gradient(
+    tile: Tile, channels_last: bool, filter_run: int, channel_run: int, asynchronous: bool, wide: bool
+) -> Any:
+    """Return the kernel that multiplies output gradients with pixels of x: rows are filters, columns (tap, channel).
+
+    partial is (splits, K, taps * C // groups): what each share of the pixels adds. Both tiles are [pixel][line], and
+    with channels last 4 or 1 lines (`filter_run`, `channel_run`) are copied together.
+    """
+    rows, columns, depth, threads, stages = tile.rows, tile.columns, tile.depth, tile.threads, tile.stages
+    threads_down, threads_across = tile.threads_down, tile.threads_across
+    down, across = rows // threads_down, columns // threads_across
+    sums_of_thread, table_size = down * across, 4 * columns
+    row_pitch, column_pitch = rows + PAD, columns + PAD
+    columns_at, size = row_pitch * depth, (row_pitch + column_pitch) * depth
+    ahead, in_flight = stages - 1, stages - 2
+    index, divided, entry_at = width(wide)
+    block_copy, word_copy, commit, wait = copies(asynchronous)
+    copy_grad, grad_bytes = (block_copy, 16) if filter_run == 4 else (word_copy, 4)
+    copy_x, x_bytes = (block_copy, 16) if channel_run == 4 else (word_copy, 4)
+    places_of, product = thread_places(tile), multiply(tile, False, PAD)
+    row_runs, column_runs = rows // filter_run, columns // channel_run
+
+    def fetch_last(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread):
+        k, run = split(thread, row_runs)
+        line = int32(run * int32(filter_run))
+        for j in range(depth * row_runs // threads):
+            place = int32(k + int32(j * (threads // row_runs)))
+            pixel = index(first + place)
+            valid = (pixel < total) & (line < real_rows)
+            start = index(pixel * K + first_k + line) if valid else index(0)
+            copy_grad(tiles, int32(at + place * int32(row_pitch) + line), grad, start, int32(grad_bytes) if valid else int32(0))
+        k, run = split(thread, column_runs)
+        line = int32(run * int32(channel_run))
+        offset, d, h, w = entry_at(table, int32(line * int32(4)))
+        for j in range(depth * column_runs // threads):
+            place = int32(k + int32(j * (threads // column_runs)))
+            pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index((first + place) * index(4)))
+            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
+            start = index(pixel_offset + offset) if valid else index(0)
+            to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
+            copy_x(tiles, to, x, start, int32(x_bytes) if valid else int32(0))
+
+    def fetch_first(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread):
+        line, place = split(thread, depth)
+        pixel = index(first + place)
+        n, rest = divided(pixel, plane)
+        start = index((index(n * K) + first_k + line) * plane + rest)
+        for j in range(rows * depth // threads):
+            further = j * (threads // depth)
+            valid = (pixel < total) & (line + further < real_rows)
+            to = int32(at + place * int32(row_pitch) + line) + further
+            copy_grad(tiles, to, grad, index(start + further * plane) if valid else index(0),
+                      int32(4) if valid else int32(0))  # fmt: skip
+        pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index(pixel * index(4)))
+        to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
+        for j in range(columns * depth // threads):
+            further = j * (threads // depth)
+            offset, d, h, w = entry_at(table, int32(line * int32(4)) + 4 * further)
+            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
+            start = index(pixel_offset + offset) if valid else index(0)
+            copy_x(tiles, to + further, x, start, int32(4) if valid else int32(0))
+
+    fetch = fetch_last if channels_last else fetch_first
+
+    def kernel(
+        x, grad, pixels, partial, total, steps, share, groups, filters, K, inner, real_columns, C, D, H, W, plane,
+        R, S, d_step, h_step, w_step,
+    ):  # fmt: skip
+        tiles = ptx.pointer_to(cuda.shared.array(0, float32, alignment=128))
+        table = ptx.pointer_to(cuda.shared.array(table_size, index, alignment=16))
+        thread = int32(cuda.threadIdx.x)
+        part, group = split(int32(cuda.blockIdx.z), groups)
+        first_row = int32(int32(cuda.blockIdx.x) * int32(rows))
+        first_column = int32(int32(cuda.blockIdx.y) * int32(columns))
+        for at in range(thread, columns, threads):
+            tap, c = split(int32(first_column + at), inner)
+            rest, s = split(tap, S)
+            t, r = split(rest, R)
+            d, h, w = index(t * d_step), index(r * h_step), index(s * w_step)
+            place, channel = index((d * H + h) * W + w), index(group * inner + c)
+            entry = int32(int32(at) * int32(4))
+            table[entry] = index(place * C + channel if channels_last else channel * (index(D) * H * W) + place)
+            table[int32(entry + 1)] = d if first_column + at < real_columns else index(OUTSIDE)
+            table[int32(entry + 2)], table[int32(entry + 3)] = h, w
+        cuda.syncthreads()
+        row, column = places_of(thread)
+        sums = cuda.local.array(sums_of_thread, float32)
+        for i in range(sums_of_thread):
+            sums[i] = float32(0)
+        first_k, real_rows = int32(group * filters + first_row), int32(filters - first_row)
+        begin = int32(part * share)
+        end = int32(min(int32(begin + share), steps))
+        first = index(index(begin) * index(depth))
+        for stage in range(ahead):
+            if begin + stage < end:
+                fetch(tiles, int32(stage * size), x, grad, pixels, table, first, total, first_k, real_rows, K, plane,
+                      D, H, W, thread)  # fmt: skip
+            first = index(first + int32(depth))
+            commit()
+        read, fill, step = int32(0), int32(ahead * size), int32(begin + int32(ahead))
+        while step < end + ahead:
+            wait(in_flight)
+            cuda.syncthreads()
+            if step < end:
+                fetch(tiles, fill, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread)
+            first = index(first + int32(depth))
+            commit()
+            product(sums, tiles, int32(read + row * int32(4)), int32(read + int32(columns_at) + column * int32(4)))
+            if stages == 2:
+                read, fill = fill, read
+            else:
+                read = int32(read + int32(size)) if read < int32(ahead * size) else int32(0)
+                fill = int32(fill + int32(size)) if fill < int32(ahead * size) else int32(0)
+            step = int32(step + int32(1))
+        target = index(index(index(part) * K + first_k) * real_columns)
+        for i in range(down):
+            line = int32((row + int32(i // 4 * threads_down)) * int32(4) + int32(i % 4))
+            for j in range(across):
+                place = int32(first_column + (column + int32(j // 4 * threads_across)) * int32(4) + int32(j % 4))
+                if line < real_rows and place < real_columns:
+                    partial[index(target + index(line) * real_columns + place)] = sums[i * across + j]
+
+    kernel.__name__ = f"weight_gradient_{'nhwc' if channels_last else 'nchw'}_{rows}x{columns}x{depth}"
+    return kernel
+
+
+def add_parts(wide: bool) -> Any:
+    """Return the kernel that adds the parts (splits, K, taps, C // groups), in order, into (K, C // groups, taps)."""
+    index, divided, _ = width(wide)
+
+    def sum_of_parts(partial, out, total, splits, inner, taps):
+        number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
+        if number < total:
+            rest, tap = divided(number, taps)
+            k, c = divided(rest, inner)
+            at = index((k * taps + tap) * inner + c)
+            found = float32(0)
+            for _ in range(splits):
+                found += partial[at]
+                at = index(at + total)
+            out[number] = found
+
+    sum_of_parts.__name__ = f"sum_of_parts_{64 if wide else 32}"
+    return sum_of_parts

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,13 @@ def seconds(geometry: ConvGeometry, direction: str) -> float:
 def workspace(geometry: ConvGeometry, direction: str, limit: int, tile: Tile = TILE) -> dict[str, Buffer]:
     """Return the packed weight and the table of taps; of the weight gradient a table of pixels and partial sums."""
     g = geometry
-    if g.batch == 0 and direction != "weight_grad":
+    if direction == "weight_grad":
+        share = _share(g, limit, tile)
+        return {
+            "pixels": Buffer((4 * share.pixels,), _index_dtype(g)),
+            "partial": Buffer((share.splits * math.prod(g.weight_shape),), np.dtype(np.float32)),
+        }
+    if g.batch == 0:
         return {}
     places = [_places(g, direction, phase, tile) for phase in phases(g, direction)]
     return {
@@ -77,10 +83,13 @@ def steps(
     activation: str | None = None,
     bias: bool = False,
     architecture: str = "sm_90a",
+    limit: int = 1 << 30,
     tile: Tile = TILE,
 ) -> list[Step]:
-    """Return the launches of a direction, which name the arrays of `registry.Algorithm` and of `workspace`."""
+    """Return the launches of a direction; `limit` is what `workspace` was given."""
     g = geometry
+    if direction == "weight_grad":
+        return _weight_steps(g, _share(g, limit, tile), architecture, tile)
     found: list[Step] = []
     packed_first = taps_first = 0
     for phase in phases(g, direction):
@@ -157,6 +166,28 @@ def _totals(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
     return both if direction == "forward" else both[::-1]
 
 
+class _Share(NamedTuple):
+    """How blocks share out the pixels of a weight gradient: steps of depth in all and for each, entries of the table."""
+
+    steps: int
+    each: int
+    splits: int
+    pixels: int
+
+
+@lru_cache(maxsize=1024)
+def _share(geometry: ConvGeometry, limit: int, tile: Tile) -> _Share:
+    g = geometry
+    filters, columns = g.out_channels // g.groups, math.prod(g.weight_shape[1:])
+    total = g.batch * math.prod(g.output_size)
+    steps = -(-total // tile.depth)
+    tiles = -(-filters // tile.rows) * -(-columns // tile.columns) * g.groups
+    room = (limit - 4 * steps * tile.depth * _index_dtype(g).itemsize) // (4 * math.prod(g.weight_shape))
+    splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
+    each = -(-steps // max(splits, 1))
+    return _Share(steps, each, max(-(-steps // max(each, 1)), 1), steps * tile.depth)
+
+
 # --- launches --------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +246,44 @@ def _gather_step(
         tile.stages * (tile.rows + tile.columns) * tile.depth * 4,
         _launch_bounds(tile),
     )  # fmt: skip
+
+
+def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile) -> list[Step]:
+    index, number = _index(g)
+    last, wide = g.data_format == "channels_last", is_wide(g)
+    filters, inner, taps = g.out_channels // g.groups, g.in_channels // g.groups, math.prod(g.kernel_size)
+    total, elements = g.batch * math.prod(g.output_size), math.prod(g.weight_shape)
+    before = [-b for b, _ in g.padding]
+    sizes = (g.in_channels, *g.input_size, *g.output_size, *before, *g.stride)
+    table = Step(
+        gemm_kernels.tabulate_pixels(last, wide),
+        (CPointer(index), index, index, *[int32] * len(sizes)),
+        (-(-share.pixels // THREADS),),
+        (THREADS,),
+        ("pixels", *map(number, (share.pixels, total)), *map(np.int32, sizes)),
+    )
+    runs = [4 if last and lines % 4 == 0 else 1 for lines in (filters, inner)]
+    numbers = (
+        share.steps, share.each, g.groups, filters, g.out_channels, inner, inner * taps, g.in_channels, *g.input_size,
+        math.prod(g.output_size), *g.kernel_size[1:], *g.dilation,
+    )  # fmt: skip
+    product = Step(
+        gemm_kernels.weight_gradient(tile, last, *runs, _has_copies(architecture), wide),
+        (_F32, _F32, CPointer(index), _F32, index, *[int32] * len(numbers)),
+        (-(-filters // tile.rows), -(-inner * taps // tile.columns), g.groups * share.splits),
+        (tile.threads,),
+        ("x", "grad_output", "pixels", "partial", number(total), *map(np.int32, numbers)),
+        tile.stages * (tile.rows + tile.columns + 2 * gemm_kernels.PAD) * tile.depth * 4,
+        _launch_bounds(tile),
+    )
+    add = Step(
+        gemm_kernels.add_parts(wide),
+        (_F32, _F32, index, int32, int32, int32),
+        (-(-elements // THREADS),),
+        (THREADS,),
+        ("partial", "out", number(elements), *map(np.int32, (share.splits, inner, taps))),
+    )
+    return [table, product, add] if total else [product, add]
 
 
 def _has_copies(architecture: str) -> bool:
