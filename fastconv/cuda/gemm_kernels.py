@@ -8,7 +8,8 @@ four products of a row, as 128 bits (after CUTLASS, "efficient GEMM in CUDA", an
     channels first    rows: filters   columns: pixels     a tile of the weight is [row][depth], of pixels [depth][column]
 
 Which element of the source is read is the sum of two table entries, (offset, d, h, w) of the pixel and of the tap and
-channel: it exists where the summed coordinates lie inside the image, and counts as zero elsewhere. What follows in
+channel: it exists where the summed coordinates lie inside the image, and counts as zero elsewhere: a copy of no bytes,
+from an address that nobody reads. What follows in
 memory is copied along: 4 channels of a pixel, or nothing. Nothing here has run on a GPU.
 """
 
@@ -45,6 +46,8 @@ class Tile(NamedTuple):
 
 # 8x8 sums per thread, and two blocks of 128 registers on a multiprocessor.
 TILE = Tile(128, 128, 16, 16, 16)
+# For few filters, or where single elements are gathered, whose addresses need registers too: 64 filters.
+NARROW = {True: Tile(128, 64, 16, 16, 16), False: Tile(64, 128, 16, 16, 16)}
 
 
 # --- helpers of all kernels ------------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ def gather(
         for j in range(rows * entries_of_tile // threads):
             pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, table + 4 * j * (threads // entries_of_tile))
             valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset) if valid else index(0)
+            start = index(pixel_offset + offset)
             size_ = int32(nbytes) if valid else int32(0)
             copy(tiles, to + j * (threads // entries_of_tile) * depth, x, start, size_)
         for j in range(depth * columns // 4 // threads):
@@ -313,16 +316,15 @@ def gather(
         if run > 1:
             offset, d, h, w = entry_at(taps, entry)
             valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset + x_first) if valid else index(0)
-            step = x_step if valid else index(0)
+            start = index(pixel_offset + offset + x_first)
             size_ = int32(nbytes) if valid else int32(0)
             for j in range(depth * columns // threads):
-                copy(tiles, to + j * threads, x, index(start + j * step), size_)
+                copy(tiles, to + j * threads, x, index(start + j * x_step), size_)
         else:
             for j in range(depth * columns // threads):
                 offset, d, h, w = entry_at(taps, entry + 4 * j * (threads // columns))
                 valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-                start = index(pixel_offset + offset) if valid else index(0)
+                start = index(pixel_offset + offset)
                 copy(tiles, to + j * threads, x, start, int32(nbytes) if valid else int32(0))
         for j in range(rows * chunks // threads):
             further = j * (threads // chunks)
@@ -505,7 +507,7 @@ def weight_gradient(
             place = int32(k + int32(j * (threads // row_runs)))
             pixel = index(first + place)
             valid = (pixel < total) & (line < real_rows)
-            start = index(pixel * K + first_k + line) if valid else index(0)
+            start = index(pixel * K + first_k + line)
             copy_grad(tiles, int32(at + place * int32(row_pitch) + line), grad, start, int32(grad_bytes) if valid else int32(0))
         k, run = split(thread, column_runs)
         line = int32(run * int32(channel_run))
@@ -514,7 +516,7 @@ def weight_gradient(
             place = int32(k + int32(j * (threads // column_runs)))
             pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index((first + place) * index(4)))
             valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset) if valid else index(0)
+            start = index(pixel_offset + offset)
             to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
             copy_x(tiles, to, x, start, int32(x_bytes) if valid else int32(0))
 
@@ -527,7 +529,7 @@ def weight_gradient(
             further = j * (threads // depth)
             valid = (pixel < total) & (line + further < real_rows)
             to = int32(at + place * int32(row_pitch) + line) + further
-            copy_grad(tiles, to, grad, index(start + further * plane) if valid else index(0),
+            copy_grad(tiles, to, grad, index(start + further * plane),
                       int32(4) if valid else int32(0))  # fmt: skip
         pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index(pixel * index(4)))
         to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
@@ -535,7 +537,7 @@ def weight_gradient(
             further = j * (threads // depth)
             offset, d, h, w = entry_at(table, int32(line * int32(4)) + 4 * further)
             valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset) if valid else index(0)
+            start = index(pixel_offset + offset)
             copy_x(tiles, to + further, x, start, int32(4) if valid else int32(0))
 
     fetch = fetch_last if channels_last else fetch_first

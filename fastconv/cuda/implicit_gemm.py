@@ -22,7 +22,7 @@ from . import gemm_kernels, toolchain
 from .architecture import Architecture
 from .blocking import Phase, phases
 from .epilogue import CODES
-from .gemm_kernels import TILE, Tile
+from .gemm_kernels import NARROW, TILE, Tile
 from .steps import Step
 
 toolchain.import_cuda()
@@ -59,9 +59,10 @@ def seconds(geometry: ConvGeometry, direction: str) -> float:
     return launches * LAUNCH_SECONDS + max(g.flops / PEAK_FLOPS, g.bytes / PEAK_BYTES) / SHARE
 
 
-def workspace(geometry: ConvGeometry, direction: str, limit: int, tile: Tile = TILE) -> dict[str, Buffer]:
+def workspace(geometry: ConvGeometry, direction: str, limit: int, tile: Tile | None = None) -> dict[str, Buffer]:
     """Return the packed weight and the table of taps; of the weight gradient a table of pixels and partial sums."""
     g = geometry
+    tile = tile or _tile(g, direction)
     if direction == "weight_grad":
         share = _share(g, limit, tile)
         return {
@@ -84,10 +85,11 @@ def steps(
     bias: bool = False,
     architecture: str = "sm_90a",
     limit: int = 1 << 30,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> list[Step]:
-    """Return the launches of a direction; `limit` is what `workspace` was given."""
+    """Return the launches of a direction; `limit` is what `workspace` was given, `tile` for tests to shrink."""
     g = geometry
+    tile = tile or _tile(g, direction)
     if direction == "weight_grad":
         return _weight_steps(g, _share(g, limit, tile), architecture, tile)
     found: list[Step] = []
@@ -153,6 +155,14 @@ class _Places:
         together = 4 if self.channels_last else tile.depth
         self.run = together if self.inner % together == 0 else 1
         self.entries = self.k_tiles * tile.depth // self.run
+
+
+def _tile(geometry: ConvGeometry, direction: str) -> Tile:
+    """Return the tile that loses least: half as many filters where there are few, or single elements are gathered."""
+    inner, lines = _channels(geometry, direction)
+    channels_last = geometry.data_format == "channels_last"
+    narrow = direction != "weight_grad" and (lines <= 64 or inner % (4 if channels_last else TILE.depth))
+    return NARROW[channels_last] if narrow else TILE
 
 
 @lru_cache(maxsize=4096)
