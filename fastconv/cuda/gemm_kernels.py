@@ -2,15 +2,15 @@
 
 A block multiplies a tile of `rows` by `columns`, `depth` products at a time: asynchronous copies fill one buffer of
 shared memory while the other is multiplied. Each thread has its sums in registers, and reads four rows or columns, or
-four products of a row, as 128 bits (after CUTLASS, "efficient GEMM in CUDA", and Chetlur et al. 2014 for the gathering).
+four products of a row, as 128 bits (after CUTLASS, "efficient GEMM in CUDA"; the gathering: Chetlur et al. 2014).
 
-    channels last     rows: pixels    columns: filters    a tile of pixels is [row][depth], of the weight [depth][column]
-    channels first    rows: filters   columns: pixels     a tile of the weight is [row][depth], of pixels [depth][column]
+    channels last     rows: pixels    columns: filters   a tile of pixels is [row][depth], of the weight [depth][column]
+    channels first    rows: filters   columns: pixels    a tile of the weight is [row][depth], of pixels [depth][column]
 
 Which element of the source is read is the sum of two table entries, (offset, d, h, w) of the pixel and of the tap and
 channel: it exists where the summed coordinates lie inside the image, and counts as zero elsewhere: a copy of no bytes,
-from an address that nobody reads. What follows in
-memory is copied along: 4 channels of a pixel, or nothing. Nothing here has run on a GPU.
+from an address that nobody reads. What follows in memory is copied along: 4 channels of a pixel, or nothing. Nothing
+here has run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ OUTSIDE = -(1 << 30)
 
 
 class Tile(NamedTuple):
-    """Sizes of a block's product, how its threads lie over it, and buffers in flight."""
+    """Sizes of a block's product, how its threads lie over it, buffers in flight, and blocks on a multiprocessor.
+
+    `threads_down` is a multiple of 4, `threads_across` of 8, each thread has 4 columns or a multiple; with channels
+    first the threads are a multiple of the columns.
+    """
 
     rows: int
     columns: int
@@ -37,6 +41,7 @@ class Tile(NamedTuple):
     threads_down: int
     threads_across: int
     stages: int = 2
+    blocks: int = 2
 
     @property
     def threads(self) -> int:
@@ -46,6 +51,8 @@ class Tile(NamedTuple):
 
 # 8x8 sums per thread, and two blocks of 128 registers on a multiprocessor.
 TILE = Tile(128, 128, 16, 16, 16)
+# For sm_80 to sm_89 with channels last, where 128 registers do not hold what newer ones do: three blocks of 170.
+LOOSE = Tile(64, 128, 16, 8, 16, blocks=3)
 # For few filters, or where single elements are gathered, whose addresses need registers too: 64 filters.
 NARROW = {True: Tile(128, 64, 16, 16, 16), False: Tile(64, 128, 16, 16, 16)}
 
@@ -203,8 +210,8 @@ def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
 
     def prepare_taps(
         weight, packed, taps, packed_first, taps_first, elements, entries, k_tiles, real_depth, run, inner,
-        line_tiles, real_lines, line_step, inner_step, group_step, R_taps, S_taps, R, S, t_first, r_first, s_first, t_step, r_step,
-        s_step, d_step, h_step, w_step, channel_stride, H, W, pixel_stride,
+        line_tiles, real_lines, line_step, inner_step, group_step, R_taps, S_taps, R, S, t_first, r_first, s_first,
+        t_step, r_step, s_step, d_step, h_step, w_step, channel_stride, H, W, pixel_stride,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         is_entry = number >= elements
@@ -286,8 +293,7 @@ def gather(
         return (to, int32(row * int32(4)), int32(chunk * int32(4)), index(0), index(0), weight_to,
                 int32(k * int32(columns) + four * int32(4)))  # fmt: skip
 
-    def fetch_last(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step,
-                   weight_to, D, H, W):
+    def fetch_last(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step, weight_to, D, H, W):
         offset, d, h, w = entry_at(taps, entry)
         to, weight_to = int32(at + to), int32(at + weight_to)
         for j in range(rows * entries_of_tile // threads):
@@ -309,8 +315,7 @@ def gather(
         return (to, int32(column * int32(4)), entry, index(k * plane), index(plane * index(threads // columns)),
                 place(row, chunk), weight)  # fmt: skip
 
-    def fetch_first(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step,
-                    weight_to, D, H, W):
+    def fetch_first(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step, weight_to, D, H, W):
         pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, table)
         to, weight_to = int32(at + to), int32(at + weight_to)
         if run > 1:
@@ -435,7 +440,8 @@ def gather(
             commit()
             product(sums, tiles, int32(read + rows_at), int32(read + columns_at))
             if stages == 2:
-                read, fill = fill, read
+                read = int32(int32(size) - read)
+                fill = int32(int32(size) - read)
             else:
                 read = int32(read + int32(size)) if read < int32(ahead * size) else int32(0)
                 fill = int32(fill + int32(size)) if fill < int32(ahead * size) else int32(0)
@@ -451,7 +457,7 @@ def gather(
 
 
 def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
-    """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x; beyond the last it is outside."""
+    """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x, outside beyond the last."""
     index, divided, _ = width(wide)
 
     def pixels_of_output(
@@ -508,7 +514,13 @@ def weight_gradient(
             pixel = index(first + place)
             valid = (pixel < total) & (line < real_rows)
             start = index(pixel * K + first_k + line)
-            copy_grad(tiles, int32(at + place * int32(row_pitch) + line), grad, start, int32(grad_bytes) if valid else int32(0))
+            copy_grad(
+                tiles,
+                int32(at + place * int32(row_pitch) + line),
+                grad,
+                start,
+                int32(grad_bytes) if valid else int32(0),
+            )
         k, run = split(thread, column_runs)
         line = int32(run * int32(channel_run))
         offset, d, h, w = entry_at(table, int32(line * int32(4)))

@@ -1,6 +1,6 @@
 """Implicit GEMM on a GPU: the matrix product of im2col without its matrix, in float32.
 
-Every direction is a product of tiles that are gathered through two tables while they are multiplied (`gemm_kernels.py`):
+Every direction is a product of tiles that are gathered through two tables while they multiply (`gemm_kernels.py`):
 of pixels, and of taps and channels. Forward and input gradient are dense phases (`blocking.py`); one small launch puts
 the weight of a phase into the order of tiles and tabulates its taps, the next multiplies. The weight gradient sums over
 pixels: blocks share them out, and a second pass adds what each has found, in a fixed order.
@@ -22,7 +22,7 @@ from . import gemm_kernels, toolchain
 from .architecture import Architecture
 from .blocking import Phase, phases
 from .epilogue import CODES
-from .gemm_kernels import NARROW, TILE, Tile
+from .gemm_kernels import LOOSE, NARROW, TILE, Tile
 from .steps import Step
 
 toolchain.import_cuda()
@@ -89,7 +89,7 @@ def steps(
 ) -> list[Step]:
     """Return the launches of a direction; `limit` is what `workspace` was given, `tile` for tests to shrink."""
     g = geometry
-    tile = tile or _tile(g, direction)
+    tile = tile or _tile(g, direction, architecture)
     if direction == "weight_grad":
         return _weight_steps(g, _share(g, limit, tile), architecture, tile)
     found: list[Step] = []
@@ -100,7 +100,9 @@ def steps(
             if phase.taps:
                 found.append(_prepare_step(g, direction, phase, places, packed_first, taps_first, tile))
             found.append(
-                _gather_step(g, direction, phase, places, packed_first, taps_first, activation, bias, architecture, tile)
+                _gather_step(
+                    g, direction, phase, places, packed_first, taps_first, activation, bias, architecture, tile
+                )
             )
             packed_first, taps_first = packed_first + places.elements, taps_first + 4 * places.entries
     return found
@@ -121,7 +123,9 @@ def is_wide(geometry: ConvGeometry) -> bool:
     # Beyond the arrays: pixels of the last tile, padding around an image, and the weight in whole tiles.
     halo = math.prod(n + r * d + before + after for n, r, d, (before, after) in zip(
         g.input_size, g.kernel_size, g.dilation, g.padding)) * (g.in_channels + g.out_channels)  # fmt: skip
-    packed = g.groups * math.prod(g.kernel_size) * _up(g.in_channels // g.groups, 128) * _up(g.out_channels // g.groups, 128)
+    packed = (
+        g.groups * math.prod(g.kernel_size) * _up(g.in_channels // g.groups, 128) * _up(g.out_channels // g.groups, 128)
+    )
     return max(x, y, packed) + halo + THREADS >= 2**31
 
 
@@ -157,12 +161,19 @@ class _Places:
         self.entries = self.k_tiles * tile.depth // self.run
 
 
-def _tile(geometry: ConvGeometry, direction: str) -> Tile:
-    """Return the tile that loses least: half as many filters where there are few, or single elements are gathered."""
+def _tile(geometry: ConvGeometry, direction: str, architecture: str = "sm_90a") -> Tile:
+    """Return the tile that loses least: half as many filters where there are few, or single elements are gathered.
+
+    The size of its filters does not depend on the architecture, and so neither does the workspace.
+    """
     inner, lines = _channels(geometry, direction)
     channels_last = geometry.data_format == "channels_last"
-    narrow = direction != "weight_grad" and (lines <= 64 or inner % (4 if channels_last else TILE.depth))
-    return NARROW[channels_last] if narrow else TILE
+    if direction != "weight_grad":
+        if lines <= 64 or inner % (4 if channels_last else TILE.depth):
+            return NARROW[channels_last]
+        if channels_last and 80 <= Architecture.named(architecture).capability < 90:
+            return LOOSE
+    return TILE
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +188,7 @@ def _totals(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
 
 
 class _Share(NamedTuple):
-    """How blocks share out the pixels of a weight gradient: steps of depth in all and for each, entries of the table."""
+    """How blocks share out the pixels of a weight gradient: steps in all and for each, entries of the table."""
 
     steps: int
     each: int
@@ -272,13 +283,13 @@ def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile)
         (THREADS,),
         ("pixels", *map(number, (share.pixels, total)), *map(np.int32, sizes)),
     )
-    runs = [4 if last and lines % 4 == 0 else 1 for lines in (filters, inner)]
+    filter_run, channel_run = (4 if last and lines % 4 == 0 else 1 for lines in (filters, inner))
     numbers = (
         share.steps, share.each, g.groups, filters, g.out_channels, inner, inner * taps, g.in_channels, *g.input_size,
         math.prod(g.output_size), *g.kernel_size[1:], *g.dilation,
     )  # fmt: skip
     product = Step(
-        gemm_kernels.weight_gradient(tile, last, *runs, _has_copies(architecture), wide),
+        gemm_kernels.weight_gradient(tile, last, filter_run, channel_run, _has_copies(architecture), wide),
         (_F32, _F32, CPointer(index), _F32, index, *[int32] * len(numbers)),
         (-(-filters // tile.rows), -(-inner * taps // tile.columns), g.groups * share.splits),
         (tile.threads,),
@@ -301,5 +312,4 @@ def _has_copies(architecture: str) -> bool:
 
 
 def _launch_bounds(tile: Tile) -> tuple[int, int]:
-    # 128 registers a thread leave room for 512 threads.
-    return tile.threads, max(1, 512 // tile.threads)
+    return tile.threads, tile.blocks

@@ -62,7 +62,9 @@ CASES = [
     ConvCase("two tiles of filters", (1, 4, 3, 5), (36, 4, 1, 1)),
     ConvCase("stride 2", (2, 4, 7, 6), (4, 4, 3, 3), stride=2, padding=1),
     ConvCase("stride over the kernel", (1, 5, 9, 8), (3, 5, 2, 1), stride=3),
-    ConvCase("dilation and stride share a factor", (1, 4, 11, 9), (4, 4, 3, 2), stride=(2, 4), padding=2, dilation=(2, 2)),
+    ConvCase(
+        "dilation and stride share a factor", (1, 4, 11, 9), (4, 4, 3, 2), stride=(2, 4), padding=2, dilation=(2, 2)
+    ),
     ConvCase("dilation", (1, 4, 7, 8), (4, 4, 2, 3), padding=((0, 2), (3, 1)), dilation=(2, 3)),
     ConvCase("groups of whole vectors", (1, 8, 4, 5), (8, 4, 3, 3), padding=1, groups=2),
     ConvCase("groups of one run", (1, 16, 3, 5), (24, 8, 2, 2), padding=1, groups=2),
@@ -160,18 +162,26 @@ BUDGETS = [
 ]
 
 
-@pytest.mark.parametrize("architecture", TESTED)
-@pytest.mark.parametrize(("channels", "filters", "data_format", "direction", "share"), BUDGETS)
+# Compiling takes a second or two: every architecture for one kernel, one of each kind for the others.
+ON = [(*row, a) for row in BUDGETS for a in (TESTED if row == BUDGETS[0] else ("sm_75", "sm_86", "sm_90a"))]
+
+
+@pytest.mark.parametrize(("channels", "filters", "data_format", "direction", "share", "architecture"), ON)
 def test_machine_code_keeps_its_budget(channels, filters, data_format, direction, share, architecture):
     geometry = geometry_of(channels, filters, data_format)
     found = implicit_gemm.steps(geometry, direction, architecture=architecture)
     (step,) = [step for step in found if step.shared_bytes]
     made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
-    expected = ["FFMA", "LDS.128", "BAR.SYNC", *(["STG.E.128"] if direction == "forward" else [])]
+    expected = [
+        "FFMA",
+        "LDS.U.128" if architecture == "sm_75" else "LDS.128",
+        "BAR.SYNC",
+        *(["STG.E.128"] if direction == "forward" else []),
+    ]
     if channels % 4 == 0 and data_format == "channels_last" and architecture != "sm_75":
         expected.append("LDGSTS.E.BYPASS.128")
     # The way out of the loop for sm_8x: a jump that ptxas writes as a call.
-    assert [fault for fault in budget(made, 128, expected) if fault != "1 CALL"] == []
+    assert [fault for fault in budget(made, 168, expected) if fault != "1 CALL"] == []
     mix = sass(made)
     assert mix.count("FFMA", loop=True) / len(mix.main_loop) >= share
     assert made.occupancy(math.prod(step.block), step.shared_bytes) * ARCHITECTURES[architecture].threads >= 256
