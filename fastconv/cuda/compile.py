@@ -170,7 +170,7 @@ def _translate(modules: list[str], target: Architecture) -> bytes:
     for module in modules:
         unit.add_module(nvvm.llvm_replace(module).encode())
     unit.verify()
-    if any("@__nv_" in module for module in modules):
+    if any(re.search('@"?__nv_', module) for module in modules):
         unit.lazy_add_module(Path(pathfinder.find_bitcode_lib("device")).read_bytes())
     return unit.compile()
 
