@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from numba.cuda.types import int32, int64, uint32  # noqa: E402
 
 # Bytes of the widest access.
 WIDEST = 16
+# Registers of a row's stretch: beyond that neighbours do not share one.
+MOST_STRETCH = 32
 # Threads of a block: four warps hide each other's loads, and a small layer still fills the multiprocessors.
 THREADS = 128
 
@@ -75,14 +77,18 @@ def index_loader(wide: bool, lanes: int) -> Any:
     """Return the function that loads int64 positions to registers of the type of indices."""
     index = index_type(wide)
 
+    def known(position):
+        # What 32 bits cannot hold is nowhere, not somewhere else.
+        return index(position) if wide or (position >= 0 and position < 2**31) else index(-1)
+
     def one(memory, at, registers, to):
-        registers[to] = index(memory[at])
+        registers[to] = known(memory[at])
 
     def pairs(memory, at, registers, to):
         for i in range(lanes // 2):
             values = load2(memory, index(at + 2 * i))
-            registers[to + 2 * i] = index(values[0])
-            registers[to + 2 * i + 1] = index(values[1])
+            registers[to + 2 * i] = known(values[0])
+            registers[to + 2 * i + 1] = known(values[1])
 
     return one if lanes == 1 else pairs
 
@@ -100,6 +106,50 @@ def index_storer(wide: bool, lanes: int) -> Any:
             store2(memory, index(at + 2 * i), (int64(registers[2 * i]), int64(registers[2 * i + 1])))
 
     return one if lanes == 1 else pairs
+
+
+# --- stretches of a row ----------------------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """What neighbours of a row share: `vectors` aligned vectors, from `lead` elements before the first one's own on.
+
+    Forward the vectors are of the input, and the first window begins at register `offset`. Backward they are of the
+    windows, and the first element's own window is at register `lead`.
+    """
+
+    kernel: int
+    stride: int
+    before: int
+    dilation: int
+    lanes: int
+    lead: int
+    offset: int
+    vectors: int
+
+    @classmethod
+    def forward(
+        cls, kernel: int, stride: int, before: int, dilation: int, extent: int, itemsize: int, lanes: int
+    ) -> Stretch:
+        """Return the stretch of `lanes` windows in a row of `extent` elements."""
+        load_lanes = math.gcd(WIDEST // itemsize, extent, lanes * stride)
+        lead = -(-before // load_lanes) * load_lanes
+        span = (lanes - 1) * stride + (kernel - 1) * dilation + 1
+        vectors = -(-(lead - before + span) // load_lanes)
+        return cls(kernel, stride, before, dilation, load_lanes, lead, lead - before, vectors)
+
+    @classmethod
+    def backward(cls, kernel: int, stride: int, before: int, dilation: int, lanes: int) -> Stretch:
+        """Return the stretch of windows that `lanes * stride` elements of the input belong to."""
+        low = -(((kernel - 1) * dilation - before) // stride)
+        high = (lanes * stride - 1 + before) // stride
+        lead = -(-max(-low, 0) // lanes) * lanes
+        return cls(kernel, stride, before, dilation, lanes, lead, 0, (lead + high) // lanes + 1)
+
+    @property
+    def registers(self) -> int:
+        """Elements of the stretch."""
+        return self.vectors * self.lanes
 
 
 # --- whole numbers ---------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from ..registry import Buffer
 from . import toolchain
 from .elements import Element
 from .lanes import (
+    MOST_STRETCH,
     THREADS,
+    Stretch,
     divided,
     divisor,
     divisor_types,
@@ -48,8 +50,6 @@ cuda = toolchain.import_cuda()
 
 from numba.cuda.types import CPointer, int32, int64  # noqa: E402
 
-# Registers of a row's stretch: beyond that neighbours do not share one.
-MOST_STRETCH = 32
 # What is reduced, and what windows give back.
 MAXIMUM, AVERAGE, NORM = "maximum", "average", "norm"
 MATCHING, LATEST, EVERY = "matching", "latest", "every"
@@ -166,12 +166,15 @@ def finisher(element: Element, operation: str, power: float, is_fixed: bool) -> 
         # NaN passes through.
         return sums(0) if result < sums(0) else result
 
+    def least(result, inside, counted, factor):
+        return at_least_nothing(-result, inside, counted, factor)
+
     if operation == MAXIMUM:
         return as_is
     if operation == AVERAGE:
         return mean
     if math.isinf(power):
-        return at_least_nothing
+        return at_least_nothing if power > 0 else least
     return square_root if power == 2.0 else root
 
 
@@ -321,47 +324,6 @@ def reduce_rows(how: How, stretch: Stretch) -> Any:
 
     reduce.__name__ = f"pool_{operation}_rows{lanes}_{element.name}_{64 if wide else 32}"
     return reduce
-
-
-class Stretch(NamedTuple):
-    """What neighbours of a row share: `vectors` aligned vectors, from `lead` elements before the first one's own on.
-
-    Forward the vectors are of the input, and the first window begins at register `offset`. Backward they are of the
-    windows, and the first element's own window is at register `lead`.
-    """
-
-    kernel: int
-    stride: int
-    before: int
-    dilation: int
-    lanes: int
-    lead: int
-    offset: int
-    vectors: int
-
-    @classmethod
-    def forward(cls, sizes: _Sizes, itemsize: int, lanes: int) -> Stretch:
-        """Return the stretch of `lanes` windows; more than MOST_STRETCH registers are too much."""
-        kernel, stride, (before, _), dilation = sizes.last
-        load_lanes = math.gcd(max(16 // itemsize, 1), sizes.x[2], lanes * stride)
-        lead = -(-before // load_lanes) * load_lanes
-        span = (lanes - 1) * stride + (kernel - 1) * dilation + 1
-        vectors = -(-(lead - before + span) // load_lanes)
-        return cls(kernel, stride, before, dilation, load_lanes, lead, lead - before, vectors)
-
-    @classmethod
-    def backward(cls, sizes: _Sizes, lanes: int) -> Stretch:
-        """Return the stretch of windows that `lanes * stride` elements of the input belong to."""
-        kernel, stride, (before, _), dilation = sizes.last
-        low = -(((kernel - 1) * dilation - before) // stride)
-        high = (lanes * stride - 1 + before) // stride
-        lead = -(-max(-low, 0) // lanes) * lanes
-        return cls(kernel, stride, before, dilation, lanes, lead, 0, (lead + high) // lanes + 1)
-
-    @property
-    def registers(self) -> int:
-        """Elements of the stretch."""
-        return self.vectors * self.lanes
 
 
 # --- backward --------------------------------------------------------------------------------------------------
@@ -660,8 +622,8 @@ class _Sizes(NamedTuple):
 
     @property
     def last(self) -> tuple[Any, ...]:
-        """What holds along a row."""
-        return self.kernel[2], self.stride[2], self.padding[2], self.dilation[2]
+        """Kernel, stride, padding before and dilation along a row."""
+        return self.kernel[2], self.stride[2], self.padding[2][0], self.dilation[2]
 
     @property
     def wide(self) -> bool:
@@ -803,7 +765,7 @@ def _reduction(
     by_rows = g.data_format == "channels_first" and not g.is_adaptive and power >= 0 and aligned
     lanes = widest(dtype, sizes.y[2] if by_rows else sizes.inner) if aligned else 1
     how = How(element, operation, sizes.wide, lanes, g.is_adaptive, with_indices, count_padding, is_fixed, power)
-    stretch = Stretch.forward(sizes, dtype.itemsize, lanes) if by_rows else None
+    stretch = Stretch.forward(*sizes.last, sizes.x[2], dtype.itemsize, lanes) if by_rows else None
     if stretch is not None and lanes > 1 and stretch.registers <= MOST_STRETCH:
         kernel, across = reduce_rows(how, stretch), (sizes.y[2] // lanes, 1)
     else:
@@ -833,7 +795,7 @@ def _spreading(
     back = Back(element, kind, sizes.wide, 1, g.is_adaptive, False, count_padding, is_fixed)
     if g.data_format == "channels_first" and aligned and is_fixed and not g.is_adaptive:
         lanes = widest(dtype, sizes.x[2], sizes.y[2])
-        stretch, own = Stretch.backward(sizes, lanes), lanes * sizes.stride[2]
+        stretch, own = Stretch.backward(*sizes.last, lanes), lanes * sizes.stride[2]
         if lanes > 1 and max(own, stretch.registers) <= MOST_STRETCH and (kind != EVERY or set(sizes.dilation) == {1}):
             back = back._replace(lanes=lanes)
             return [_spread_step(sizes, back, spread_rows(back, stretch), (-(-sizes.x[2] // own), sizes.x[2]), factor,

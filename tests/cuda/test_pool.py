@@ -113,7 +113,6 @@ def test_aligned_shapes_are_read_and_written_by_128_bits(data_format):
     x = normal("wide", shape=case.x_shape, dtype="float32")
     reports = max_pooled(case, data_format, x)[2]
     assert global_bytes(reports) == {16}
-    assert [a.cost for a in reports[0].accesses] == [a.ideal for a in reports[0].accesses]
     assert global_bytes(max_pooled(case, data_format, x, aligned=False)[2]) == {4, 8}
 
 
@@ -126,7 +125,7 @@ def pooled(steps, g, data_format, x):
     return back(y, data_format)
 
 
-AVERAGES = [c for c in EVERY if not (c.spatial_dims == 3 and c.name.startswith("3d 3x3x3"))]
+AVERAGES = [*(case for case in SMALL if size(case) <= 3000), *ROWS, *CHANNELS]
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
