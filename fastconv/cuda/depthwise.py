@@ -1,6 +1,6 @@
 """Depthwise convolution: every channel by itself, so that memory is what it waits for.
 
-    forward       y[n, k, i] = sum over taps  x[n, c, i*stride + tap*dilation - before] * w[k, tap]    k = c*multiplier + m
+    forward       y[n, k, i] = sum over taps  x[n, c, i*stride + tap*dilation - before] * w[k, tap] k = c*multiplier + m
     input_grad    dx[n, c, j] = the same sum over the taps and outputs that j takes part in
     weight_grad   dw[k, tap] = sum over pixels  x[n, c, i*stride + tap*dilation - before] * dy[n, k, i]
 
@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
@@ -61,7 +59,10 @@ BANDWIDTH, SHARE, LAUNCH = 4.8e12, 0.85, 3e-6
 
 
 class How(NamedTuple):
-    """The constants of a kernel; `kernel` is (T, R, S), or zeros where it is not unrolled."""
+    """The constants of a kernel; `kernel` is (T, R, S), or zeros where it is not unrolled.
+
+    The stride is one of them because the input gradient divides by it at every tap.
+    """
 
     element: Element
     backward: bool
@@ -69,6 +70,7 @@ class How(NamedTuple):
     wide: bool
     lanes: int
     kernel: tuple[int, int, int]
+    stride: tuple[int, ...]
     code: int
     has_bias: bool
 
@@ -117,14 +119,14 @@ def slide_lanes(how: How) -> Any:
 
     The target is (outer, I, J, L, V*lanes) with planes of one channel outside, or images with channels inside.
     """
-    element, backward, channels_last, wide, lanes, kernel, code, has_bias = how
+    element, backward, channels_last, wide, lanes, kernel, (step_o, step_p, step_q), code, has_bias = how
     index, split, meets, over = index_type(wide), divided(wide), meeting(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, lanes), storer(element, lanes), element.sums, element.widen
     own_T, own_R, own_S = kernel
 
     def slide(
         source, weight, bias, target, total, V, v_m, v_s, L, l_m, l_s, J, j_m, j_s, I, i_m, i_s, D, H, W, C, M,
-        T_, R_, S_, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, step_d, step_h, step_w,
+        T_, R_, S_, pad_d, pad_h, pad_w, step_d, step_h, step_w,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
@@ -147,11 +149,11 @@ def slide_lanes(how: How) -> Any:
                 from_ = index((image * channels) * D * H * W + (channel + m) * (index(1) if channels_last else plane))
                 k = index(channel + m) if backward else own
                 for t in range(T):
-                    d = meets(i, index(t), D, stride_d, pad_d, step_d)
+                    d = meets(i, index(t), D, index(step_o), pad_d, step_d)
                     for r in range(R):
-                        h = meets(j, index(r), H, stride_h, pad_h, step_h)
+                        h = meets(j, index(r), H, index(step_p), pad_h, step_h)
                         for s in range(S):
-                            w = meets(l, index(s), W, stride_w, pad_w, step_w)
+                            w = meets(l, index(s), W, index(step_q), pad_w, step_w)
                             if d >= 0 and h >= 0 and w >= 0:
                                 tap = index((t * R + r) * S + s)
                                 load(source, index(from_ + ((d * H + h) * W + w) * apart), values, 0)
@@ -178,7 +180,7 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
 
     Forward those are `lanes` outputs, backward `lanes * stride` inputs; V is 1, and L counts threads of a row.
     """
-    element, backward, _, wide, lanes, (own_T, own_R, kernel), code, has_bias = how
+    element, backward, _, wide, lanes, (own_T, own_R, kernel), (step_o, step_p, _), code, has_bias = how
     _, stride, before, dilation, load_lanes, lead, offset, vectors = stretch
     index, split, meets, over = index_type(wide), divided(wide), meeting(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, load_lanes), storer(element, lanes), element.sums, element.widen
@@ -187,7 +189,7 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
 
     def slide(
         source, weight, bias, target, total, V, v_m, v_s, L, l_m, l_s, J, j_m, j_s, I, i_m, i_s, D, H, W, C, M,
-        T_, R_, S_, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, step_d, step_h, step_w,
+        T_, R_, S_, pad_d, pad_h, pad_w, step_d, step_h, step_w,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
@@ -204,9 +206,9 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
                 k = index(own * M + m) if backward else own
                 plane = index(n * M + m) if backward else over(n, M)
                 for t in range(T):
-                    d = meets(i, index(t), D, stride_d, pad_d, step_d)
+                    d = meets(i, index(t), D, index(step_o), pad_d, step_d)
                     for r in range(R):
-                        h = meets(j, index(r), H, stride_h, pad_h, step_h)
+                        h = meets(j, index(r), H, index(step_p), pad_h, step_h)
                         if d >= 0 and h >= 0:
                             line = index(((plane * D + d) * H + h) * W)
                             for v in range(vectors):
@@ -220,7 +222,7 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
                             for s in range(kernel):
                                 factor = widen(weight[index(tap + s)])
                                 if backward:
-                                    # An element at e meets the window of register g: e + before = g*stride + s*dilation.
+                                    # Element e meets the window of register g at tap s.
                                     for g in range(registers):
                                         e = (g - lead) * stride + s * dilation - before
                                         if e >= 0 and e < count:
@@ -258,7 +260,7 @@ class Lot(NamedTuple):
 
 @lru_cache(maxsize=64)
 def correlate(element: Element, channels_last: bool, wide: bool, lot: Lot) -> Any:
-    """Return the kernel that sums a share of the pixels to (shares, K, taps), for a lot of taps in each layer of blocks.
+    """Return the kernel that sums shares of the pixels to (shares, K, taps), each layer of blocks a lot of taps.
 
     Blocks have `across` vectors of channels and `down` pixels at a time.
     """
@@ -267,8 +269,8 @@ def correlate(element: Element, channels_last: bool, wide: bool, lot: Lot) -> An
     sums, slots, add_rows, count = element.sums, across * down, tree(wide, across, down), rows * columns * lanes
 
     def depthwise_correlate(
-        grad, x, parts, K, total, share, Q, q_m, q_s, P, p_m, p_s, O, o_m, o_s, D, H, W, M, T, R, S, row_lots, column_lots,
-        stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, step_d, step_h, step_w,
+        grad, x, parts, K, total, share, Q, q_m, q_s, P, p_m, p_s, O, o_m, o_s, D, H, W, M, T, R, S,
+        row_lots, column_lots, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, step_d, step_h, step_w,
     ):  # fmt: skip
         shared = pointer_to(cuda.shared.array(slots, sums))
         column, row = index(cuda.threadIdx.x), index(cuda.threadIdx.y)
@@ -362,18 +364,26 @@ def steps(
     g = geometry
     if direction == "weight_grad":
         return _correlate_steps(g, aligned, threads)
-    backward, wide = direction == "input_grad", _wide(g)
-    stretch, lanes = _stretch(g, backward, aligned), _lanes(g, aligned)
-    taps = math.prod(g.kernel_size)
-    kernel = tuple(g.kernel_size) if taps <= MOST_UNROLLED else (0, 0, 0)
-    how = How(Element.of(g.dtype), backward, g.data_format == "channels_last", wide, lanes, kernel, CODES[activation], bias)
+    backward, lanes = direction == "input_grad", _lanes(g, aligned)
+    stretch, last = _stretch(g, backward, aligned), g.data_format == "channels_last"
+    how = How(Element.of(g.dtype), backward, last, _wide(g), lanes, _unrolled(g), _stride(g), CODES[activation], bias)
     names = ("grad_output" if backward else "x", "packed" if lanes > 1 else "weight", "bias", "out")
-    if stretch is not None:
-        lanes = _row_lanes(g, backward)
-        whole = kernel if kernel[0] else (0, 0, g.kernel_size[2])
-        return [_slide_step(g, slide_rows(how._replace(lanes=lanes, kernel=whole), stretch), how, names, stretch, lanes, threads)]
-    first = [_pack_step(g, how, threads)] if lanes > 1 else []
-    return [*first, _slide_step(g, slide_lanes(how), how, names, None, lanes, threads)]
+    if stretch is None:
+        first = [_pack_step(g, how, threads)] if lanes > 1 else []
+        return [*first, _slide_step(g, slide_lanes(how), how, names, None, threads)]
+    how = how._replace(lanes=_row_lanes(g, backward), kernel=(*how.kernel[:2], g.kernel_size[2]))
+    return [_slide_step(g, slide_rows(how, stretch), how, names, stretch, threads)]
+
+
+def _stride(g: ConvGeometry) -> tuple[int, ...]:
+    """Return the stride, which may be huge along an axis where it is never stepped."""
+    return tuple(s if p > 1 else max(n, 1) for s, p, n in zip(g.stride, g.output_size, g.padded_size))
+
+
+def _unrolled(g: ConvGeometry) -> tuple[int, int, int]:
+    """Return the kernel's size, or zeros if it is too large to be unrolled."""
+    T, R, S = g.kernel_size
+    return (T, R, S) if T * R * S <= MOST_UNROLLED else (0, 0, 0)
 
 
 def _wide(g: ConvGeometry) -> bool:
@@ -415,20 +425,20 @@ def _pack_step(g: ConvGeometry, how: How, threads: int) -> Step:
 
 
 def _slide_step(
-    g: ConvGeometry, kernel: Any, how: How, names: tuple[str, ...], stretch: Stretch | None, lanes: int, threads: int
+    g: ConvGeometry, kernel: Any, how: How, names: tuple[str, ...], stretch: Stretch | None, threads: int
 ) -> Step:
     x, y = (g.in_channels, *g.input_size), (g.out_channels, *g.output_size)
     (C, I, J, L), (_, *source) = (x, y) if how.backward else (y, x)
-    V, threads_of_row, outer = (C // lanes, L, g.batch) if how.channels_last else (1, L, g.batch * C)
+    V, threads_of_row, outer = (C // how.lanes, L, g.batch) if how.channels_last else (1, L, g.batch * C)
     if stretch is not None:
         # Of rows V is the width.
-        V, threads_of_row = L, -(-L // (lanes * (g.stride[2] if how.backward else 1)))
+        V, threads_of_row = L, -(-L // (how.lanes * (g.stride[2] if how.backward else 1)))
     total = outer * I * J * threads_of_row * (1 if stretch is not None else V)
     wide, index = how.wide, index_type(how.wide)
-    signature = (*(how.element.pointer,) * 4, index, *divisor_types(wide) * 4, *(index,) * 17)
+    signature = (*(how.element.pointer,) * 4, index, *divisor_types(wide) * 4, *(index,) * 14)
     divisors = (number for extent in (V, threads_of_row, J, I) for number in divisor(extent, wide))
     before = (pair[0] for pair in g.padding)
-    sizes = (*source, C, g.out_channels // g.in_channels, *g.kernel_size, *g.stride, *before, *g.dilation)
+    sizes = (*source, C, g.out_channels // g.in_channels, *g.kernel_size, *before, *g.dilation)
     numbers = (scalar(total, wide), *divisors, *(scalar(n, wide) for n in sizes))
     return Step(kernel, signature, (-(-total // threads), 1, 1), (threads, 1, 1), (*names, *numbers))
 
@@ -457,12 +467,13 @@ def _correlate_steps(g: ConvGeometry, aligned: bool, threads: int) -> list[Step]
     lots = -(-R // lot.rows), -(-S // lot.columns)
     divisors = (number for extent in (Q, P, O) for number in divisor(extent, wide))
     before = (pair[0] for pair in g.padding)
-    sizes = (*g.input_size, g.out_channels // g.in_channels, T, R, S, *lots, *g.stride, *before, *g.dilation)
+    sizes = (*g.input_size, g.out_channels // g.in_channels, T, R, S, *lots, *_stride(g), *before, *g.dilation)
     numbers = (
         *(scalar(n, wide) for n in (g.out_channels, g.batch * O * P * Q, share)), *divisors,
         *(scalar(n, wide) for n in sizes),
     )  # fmt: skip
-    signature = (*(element.pointer,) * 2, CPointer(element.sums), *(index,) * 3, *divisor_types(wide) * 3, *(index,) * 18)
+    arrays = (element.pointer, element.pointer, CPointer(element.sums))
+    signature = (*arrays, *(index,) * 3, *divisor_types(wide) * 3, *(index,) * 18)
     kernel = correlate(element, g.data_format == "channels_last", wide, lot)
     grid, block = (blocks, parts, T * math.prod(lots)), (lot.across, lot.down, 1)
     first = Step(kernel, signature, grid, block, ("grad_output", "x", "parts", *numbers))

@@ -48,7 +48,7 @@ from .steps import Step
 
 cuda = toolchain.import_cuda()
 
-from numba.cuda.types import CPointer, int32, int64  # noqa: E402
+from numba.cuda.types import CPointer, int64  # noqa: E402
 
 # What is reduced, and what windows give back.
 MAXIMUM, AVERAGE, NORM = "maximum", "average", "norm"

@@ -92,8 +92,9 @@ def test_nan_wins_and_ties_go_to_the_first(case, data_format):
     expected, where = reference.max_pool(x, **how(case), spatial_dims=case.spatial_dims)
     assert np.array_equal(y, expected, equal_nan=True)
     assert np.array_equal(indices, where)
-    y, indices, _ = max_pooled(case, data_format, np.full_like(x, -np.inf), seed=1)
-    assert np.array_equal(indices, reference.max_pool(np.full_like(x, -np.inf), **how(case), spatial_dims=case.spatial_dims)[1])
+    nothing = np.full_like(x, -np.inf)
+    y, indices, _ = max_pooled(case, data_format, nothing, seed=1)
+    assert np.array_equal(indices, reference.max_pool(nothing, **how(case), spatial_dims=case.spatial_dims)[1])
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, BFLOAT16], ids=str)
@@ -168,7 +169,13 @@ def test_norms_of_infinite_power_are_the_largest_and_the_smallest_magnitude(data
 
 # --- adaptive windows ------------------------------------------------------------------------------------------
 
-ADAPTIVE = [((1, 3, 7, 5), (3, 2)), ((2, 4, 6, 8), (3, 4)), ((1, 2, 4, 3), (6, 5)), ((1, 2, 11), (4,)), ((1, 8, 5, 6), (1, 1))]
+ADAPTIVE = [
+    ((1, 3, 7, 5), (3, 2)),
+    ((2, 4, 6, 8), (3, 4)),
+    ((1, 2, 4, 3), (6, 5)),
+    ((1, 2, 11), (4,)),
+    ((1, 8, 5, 6), (1, 1)),
+]
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -308,7 +315,7 @@ def test_drawn_pools_are_the_oracles(case, last):
     x = whole("drawn", shape=case.x_shape)
     if x.size > 600:
         x = x[:1, :1]
-        case = PoolCase("", x.shape, *[getattr(case, n) for n in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")])
+        case = PoolCase("", x.shape, **how(case))
     y, indices, _ = max_pooled(case, data_format, x)
     expected, where = reference.max_pool(x, **how(case), spatial_dims=case.spatial_dims)
     assert np.array_equal(y, expected)
