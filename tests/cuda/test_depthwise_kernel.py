@@ -181,3 +181,32 @@ def test_machine_code_keeps_its_budget(what, data_format, architecture):
     expected = ("LDG.E.128",) if last or what != "weight_grad" else ("LDG",)
     expected += ("STG.E.128", "FFMA") if what in ("forward", "input_grad") else ("STS", "BAR")
     assert budget(compiled(step, architecture), 128, expected) == []
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_wide_indices_give_the_same(direction, data_format, monkeypatch):
+    for module in (depthwise, sums):
+        monkeypatch.setattr(module, "needs_wide", lambda *extents: True)
+    case = ConvCase("", (1, 4, 4, 8), (4, 1, 2, 3), 2, 1, groups=4)
+    got, expected, _ = computed(case, direction, data_format)
+    assert np.array_equal(got, expected)
+    for step in depthwise.steps(geometry_of(case, data_format, np.float32), direction, "tanh", bias=True):
+        faults = budget(compiled(step, "sm_90a"), 128)
+        assert [fault for fault in faults if "CALL" not in fault] == []
+
+
+@pytest.mark.parametrize(
+    ("data_format", "dtype", "kernel", "direction"),
+    [
+        ("channels_first", BFLOAT16, 3, "forward"),
+        ("channels_last", np.float16, 3, "input_grad"),
+        ("channels_first", np.float64, 3, "input_grad"),
+        ("channels_last", BFLOAT16, 3, "weight_grad"),
+        ("channels_first", np.float32, 7, "forward"),
+    ],
+)
+def test_other_variants_compile_without_spills(data_format, dtype, kernel, direction):
+    g = geometry_of(ConvCase("", (8, 64, 56, 56), (64, 1, kernel, kernel), 2, 1, groups=64), data_format, dtype)
+    for step in depthwise.steps(g, direction, "relu", bias=True):
+        assert budget(compiled(step, "sm_90a"), 160, double=dtype == np.float64) == []

@@ -341,3 +341,62 @@ def step_of(what, data_format, dtype=np.float32, shape=None):
 def test_machine_code_keeps_its_budget(what, data_format, architecture):
     made = compiled(step_of(what, data_format), architecture)
     assert budget(made, 96, ("LDG.E.128", "STG.E.128")) == []
+
+
+def variants():
+    """Steps of every other kind: formats and dtypes, divisors that differ, norms, adaptive windows, any indices."""
+    half, double = np.dtype(np.float16), np.dtype(np.float64)
+    for data_format in FORMATS:
+        shape = IMAGE[data_format]
+        g = fastconv.PoolGeometry.create(shape, 3, 2, 1, 1, True, spatial_dims=2, data_format=data_format)
+        adaptive = fastconv.PoolGeometry.adaptive(shape, (5, 7), spatial_dims=2, data_format=data_format)
+        f32 = np.dtype(np.float32)
+        outer, inner = (8 * 64, 1) if data_format == "channels_first" else (8, 64)
+        made = {
+            "half max": pool.max_pool(g, half), "bfloat16 max gradient": pool.max_pool_grad(g, BFLOAT16),
+            "double average": pool.avg_pool(g, double, False), "average": pool.avg_pool(g, f32, False),
+            "average gradient": pool.avg_pool_grad(g, f32, False), "norm 3": pool.lp_pool(g, f32, 3),
+            "norm 2": pool.lp_pool(g, f32, 2), "norm -inf": pool.lp_pool(g, f32, -math.inf),
+            "adaptive": pool.max_pool(adaptive, f32), "adaptive gradient": pool.avg_pool_grad(adaptive, f32),
+            "scatter": pool.scatter((outer, 1, 28, 28, inner), (1, 56, 56), f32, True),
+            "gather": pool.gather((outer, 784, inner), 3136, f32),
+        }  # fmt: skip
+        # Formats share most of them.
+        once = {
+            k: v for k, v in made.items() if data_format == "channels_last" or k in ("half max", "average gradient")
+        }
+        yield from ((f"{name}, {data_format}", step) for name, steps in once.items() for step in steps)
+
+
+def test_every_variant_compiles_without_spills():
+    for name, step in variants():
+        faults = budget(compiled(step, "sm_90a"), 128, double=name.startswith("double"))
+        # Divisions that are not by constants are subroutines.
+        assert [fault for fault in faults if "CALL" not in fault] == [], name
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_wide_indices_give_the_same(data_format, monkeypatch):
+    monkeypatch.setattr(pool, "needs_wide", lambda *extents: True)
+    case = ROWS[1] if data_format == "channels_first" else CHANNELS[0]
+    x = whole("wide", shape=case.x_shape)
+    y, indices, _ = max_pooled(case, data_format, x)
+    expected, where = reference.max_pool(x, **how(case))
+    assert np.array_equal(y, expected)
+    assert np.array_equal(indices, where)
+    g = geometry_of(case, data_format)
+    steps = pool.max_pool_grad(g, x.dtype, threads=THREADS)
+    assert np.array_equal(graded(steps, g, data_format, y, where), reference.max_pool_backward(y, where, case.x_shape))
+    for step in (*steps, *pool.avg_pool(g, x.dtype), *pool.scatter((8, 1, 4, 4, 1), (1, 8, 8), x.dtype)):
+        faults = budget(compiled(step, "sm_90a"), 128)
+        assert [fault for fault in faults if "CALL" not in fault] == []
+    dx, wrong = scattered(y.astype(np.float32), where, (1, *case.x_shape[2:]), data_format, False)
+    assert np.array_equal(dx[:, :, 0], reference.max_pool_backward(y, where, case.x_shape))
+    assert not wrong
+
+
+def test_indices_are_wide_from_two_to_the_31_elements_on():
+    small = fastconv.PoolGeometry.create((1, 1, 1000, 1000), 3, spatial_dims=2)
+    large = fastconv.PoolGeometry.create((2**11, 1, 1024, 1024), 3, spatial_dims=2)
+    assert pool.max_pool(small, np.dtype(np.float32))[0].arguments[4].dtype == np.int32
+    assert pool.max_pool(large, np.dtype(np.float32))[0].arguments[4].dtype == np.int64
