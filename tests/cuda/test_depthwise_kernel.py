@@ -186,7 +186,7 @@ def test_machine_code_keeps_its_budget(what, data_format, architecture):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_wide_indices_give_the_same(direction, data_format, monkeypatch):
-    for module in (depthwise, sums):
+    for module in (depthwise, vector_sums):
         monkeypatch.setattr(module, "needs_wide", lambda *extents: True)
     case = ConvCase("", (1, 4, 4, 8), (4, 1, 2, 3), 2, 1, groups=4)
     got, expected, _ = computed(case, direction, data_format)
