@@ -310,6 +310,13 @@ def test_an_infinity_comes_out_where_direct_arithmetic_puts_it(algorithm, value,
 
 
 @every_algorithm
+def test_finite_numbers_that_bfloat16_has_not_give_finite_results(algorithm, emulated):
+    x, weight = np.full((1, 4, 4, 4), np.finfo("float32").max), np.full((8, 4, 3, 3), np.float32(1e-3))
+    y = fastconv.conv2d(x, weight, padding=1, algorithm=algorithm, precision=promise(algorithm))
+    np.testing.assert_allclose(y, fastconv.conv2d(x, weight, padding=1, algorithm="direct"), rtol=1e-5)
+
+
+@every_algorithm
 @pytest.mark.parametrize("layout", [FIRST, LAST], ids=str)
 def test_neighbours_are_not_read_beyond_the_channels_of_a_group(algorithm, layout, emulated):
     # Ten channels a group: the other 22 of a block belong to the next.

@@ -256,8 +256,7 @@ class Bfloat16:
                 C * prod(map(len, phase.taps)), *((1, 1) if plan.strip.gathered else plan.phase.in_step[1:]),
             )  # fmt: skip
             packed += _packed_bytes(plan, g, K, self.products)
-        # A single product has no small planes that an infinity could meet.
-        return self.products > 1 and flags.any()
+        return flags.any()
 
 
 def _exact(workspace):
