@@ -19,9 +19,10 @@ A module for "cuda" touches no array: what it launches is data, see `cuda/steps.
 and::
 
     seconds(geometry, direction, architecture) -> float
-    steps(geometry, direction, activation=None, bias=False, architecture="sm_90a") -> list of Step
+    steps(geometry, direction, activation=None, bias=False, architecture="sm_90a", limit=2**30) -> list of Step
 
-and if its input gradient ends in bias and activation too, `FUSED = ("forward", "input_grad")`; it is forward otherwise.
+where `limit` is the one `workspace` was given, or the total of what that stated. It has `FUSED = ("forward",
+"input_grad")` if its input gradient ends in bias and activation too, as the forward pass does.
 
 `geometry` is lifted: three spatial dimensions, zero padding, and `data_format` and `dtype` those of the arrays,
 which are C-contiguous. `out` is fresh memory to be written whole. `workspace` holds one array per Buffer
@@ -162,7 +163,8 @@ def named(name: Any, device: str) -> list[Algorithm]:
 
 for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft", "direct_small"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
-register(Algorithm("direct", "cuda", "fastconv.cuda.direct"))
+for _name in ("direct", "implicit_gemm", "depthwise"):
+    register(Algorithm(_name, "cuda", f"fastconv.cuda.{_name}"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
 for _products, _precision in ((6, "highest"), (3, "high"), (1, "medium")):

@@ -1,6 +1,8 @@
 """The bias on its own: its gradient, and bias and activation after algorithms that do not end in them.
 
-db[k] = sum over n, o, p, q of g[n, k, o, p, q]        y[n, k, ...] = activate(y[n, k, ...] + bias[k])
+    db[k] = sum over n and pixels of g[n, k, pixel]        y[n, k, pixel] = activate(y[n, k, pixel] + b[k])
+
+Vectors are of channels where they are last, and of pixels where they are first.
 """
 
 from __future__ import annotations
@@ -11,87 +13,98 @@ from typing import Any
 import numpy as np
 
 from ..registry import Buffer
-from . import sums as summing
 from . import toolchain
 from .elements import Element
 from .epilogue import CODES, activate
-from .indices import step, whole_numbers
+from .indices import constant_division, divided, divisor, divisor_types, index_type, needs_wide, scalar, step
+from .lanes import THREADS, loader, widest
 from .ptx import pointer_to
 from .steps import Step
+from .sums import second_pass, shares, tree
 
 cuda = toolchain.import_cuda()
 
 from numba.cuda.types import CPointer  # noqa: E402
 
-THREADS = 128
-
 
 @lru_cache(maxsize=64)
-def gradient(element: Element, channels_last: bool, wide: bool, own: int, pixels: int, to_parts: bool) -> Any:
-    """Return the kernel of the gradient: blocks of `own` channels, `pixels` pixels at a time."""
-    index, _, divided = whole_numbers(wide)
-    widen, narrow, sums = element.widen, element.narrow, element.sums
-    slots, half = own * pixels, pixels // 2
+def add_pixels(element: Element, channels_last: bool, wide: bool, lanes: int, across: int, down: int) -> Any:
+    """Return the kernel that sums a share of the pixels: blocks of `across` vectors of channels, `down` pixels.
 
-    def bias_gradient(grad, out, K, L, share, count, chain):
-        partial = pointer_to(cuda.shared.array(slots, sums))
-        lane, row = index(cuda.threadIdx.x), index(cuda.threadIdx.y)
-        k = index(index(cuda.blockIdx.x) * index(own) + lane)
-        result = sums(0)
+    The target is (shares, K). Where channels are first `across` is 1, and L counts vectors of pixels.
+    """
+    index, split, load, sums = index_type(wide), constant_division(wide), loader(element, lanes), element.sums
+    slots, add_rows = across * down, tree(wide, across, down)
+
+    def bias_add_pixels(grad, parts, K, count, share, L, l_m, l_s):
+        shared = pointer_to(cuda.shared.array(slots, sums))
+        column, row = index(cuda.threadIdx.x), index(cuda.threadIdx.y)
+        results, values = cuda.local.array(lanes, sums), cuda.local.array(lanes, sums)
+        for i in range(lanes):
+            results[i] = sums(0)
+        part = index(cuda.blockIdx.y)
+        k = index(index(cuda.blockIdx.x) * index(across) + column)
+        if channels_last:
+            k = index(k * lanes)
         if k < K:
-            m = index(index(cuda.blockIdx.y) * share + row)
-            end = index(min(index(index(cuda.blockIdx.y) * share + share), count))
-            while m < end:
-                part, stop = sums(0), index(min(index(m + chain), end))
-                while m < stop:
-                    if channels_last:
-                        part += widen(grad[index(m * K + k)])
-                    else:
-                        n, l = divided(m, L)
-                        part += widen(grad[index((n * K + k) * L + l)])
-                    m = index(m + index(pixels))
-                result += part
-        slot = index(row * index(own) + lane)
-        partial[slot] = result
-        cuda.syncthreads()
-        above = index(half)
-        while above > 0:
-            if row < above:
-                partial[slot] += partial[index(slot + above * index(own))]
+            for m in range(index(part * share + row), index(min(index(part * share + share), count)), down):
+                if channels_last:
+                    at = index(m * K + k)
+                else:
+                    n, l = split(index(m), L, l_m, l_s)
+                    at = index(((n * K + k) * L + l) * lanes)
+                load(grad, at, values, 0)
+                for i in range(lanes):
+                    results[i] += values[i]
+        if not channels_last:
+            for i in range(1, lanes):
+                results[0] += results[i]
+        for i in range(lanes if channels_last else 1):
             cuda.syncthreads()
-            above = index(above >> 1)
-        if row == 0 and k < K:
-            if to_parts:
-                out[index(index(cuda.blockIdx.y) * K + k)] = partial[slot]
-            else:
-                out[k] = narrow(partial[slot])
+            shared[row * across + column] = results[i]
+            add_rows(shared, column, row)
+            if row == 0 and k < K:
+                parts[index(part * K + k + i)] = shared[column]
 
-    bias_gradient.__name__ = f"bias_gradient_{element.name}_{'last' if channels_last else 'first'}_{64 if wide else 32}"
-    return bias_gradient
+    bias_add_pixels.__name__ = f"bias_add_pixels_{element.name}_{lanes}"
+    return bias_add_pixels
+
+
+def _plan(N: int, K: int, L: int, data_format: str, dtype: np.dtype, threads: int) -> tuple[int, int, int, int, int]:
+    """Return (lanes, across, down, pixels in vectors, blocks of channels)."""
+    if data_format == "channels_last":
+        lanes, across = widest(dtype, K), min(32, threads)
+        return lanes, across, threads // across, N * L, -(-K // (lanes * across))
+    lanes = widest(dtype, L)
+    return lanes, 1, threads, N * L // lanes, K
 
 
 def workspace(N: int, K: int, L: int, data_format: str, dtype: np.dtype, threads: int = THREADS) -> dict[str, Buffer]:
-    """Sums of parts of the pixels."""
-    parts = summing.parts(K, N * L, data_format, threads)
-    return {} if parts == 1 else {"parts": Buffer((parts, K), Element.of(dtype).sums_dtype)}
+    """Return the buffers of the gradient: sums of the shares of pixels."""
+    _, _, down, count, blocks = _plan(N, K, L, data_format, dtype, threads)
+    return {"parts": Buffer((shares(count, blocks, down)[0], K), Element.of(dtype).sums_dtype)}
 
 
 def steps(N: int, K: int, L: int, data_format: str, dtype: np.dtype, threads: int = THREADS) -> list[Step]:
-    """Return the launches of the gradient of a bias: "grad_output", (N, K, L) or (N, L, K), to "out", (K,)."""
-    element, wide = Element.of(dtype), N * K * L + summing.CHAIN * threads >= 2**31
-    parts, (own, pixels) = summing.parts(K, N * L, data_format, threads), summing.tile(data_format, threads)
-    kernel = gradient(element, data_format == "channels_last", wide, own, pixels, parts > 1)
-    target = ("parts", CPointer(element.sums)) if parts > 1 else ("out", element.pointer)
-    numbers = (K, L, -(-N * L // parts), N * L, summing.CHAIN * pixels)
-    arrays = [("grad_output", element.pointer), target]
-    first = step(kernel, arrays, numbers, wide, (-(-K // own), parts), (own, pixels))
-    return [first] if parts == 1 else [first, summing.add_step(element, K, parts, wide, threads)]
+    """Return the launches from "grad_output", (N, K, L) or (N, L, K), to the gradient "out" of a bias, (K,).
+
+    `threads`, a power of two, is that of a block.
+    """
+    element, wide = Element.of(dtype), needs_wide(N * K * L)
+    lanes, across, down, count, blocks = _plan(N, K, L, data_format, dtype, threads)
+    parts, share = shares(count, blocks, down)
+    kernel = add_pixels(element, data_format == "channels_last", wide, lanes, across, down)
+    index = index_type(wide)
+    signature = (element.pointer, CPointer(element.sums), index, index, index, *divisor_types(wide))
+    numbers = (*(scalar(n, wide) for n in (K, count, share)), *divisor(max(L // lanes, 1), wide))
+    first = Step(kernel, signature, (blocks, parts, 1), (across, down, 1), ("grad_output", "parts", *numbers))
+    return [first, second_pass(element, wide, K, parts, threads)]
 
 
 @lru_cache(maxsize=256)
 def ending(element: Element, wide: bool, code: int, has_bias: bool) -> Any:
     """Return the kernel that adds a bias and applies an activation, in place."""
-    index, _, divided = whole_numbers(wide)
+    index, split = index_type(wide), divided(wide)
     widen, narrow = element.widen, element.narrow
 
     def bias_ending(out, bias, total, channels, pixels):
@@ -99,7 +112,7 @@ def ending(element: Element, wide: bool, code: int, has_bias: bool) -> Any:
         if number < total:
             value = widen(out[number])
             if has_bias:
-                value += widen(bias[divided(divided(number, pixels)[0], channels)[1]])
+                value += widen(bias[split(split(number, pixels)[0], channels)[1]])
             out[number] = narrow(activate(value, code))
 
     bias_ending.__name__ = f"bias_ending_{element.name}_{64 if wide else 32}"
@@ -110,7 +123,7 @@ def apply_steps(
     size: int, channels: int, pixels: int, dtype: np.dtype, activation: str | None, bias: bool, threads: int = THREADS
 ) -> list[Step]:
     """Return the launch for `size` elements, whose channel changes every `pixels` of them."""
-    element, wide = Element.of(dtype), size + threads >= 2**31
+    element, wide = Element.of(dtype), needs_wide(size)
     kernel = ending(element, wide, CODES[activation], bias)
     arrays = [("out", element.pointer), ("bias", element.pointer)]
     return [step(kernel, arrays, (size, channels, pixels), wide, (-(-size // threads),), (threads,))]

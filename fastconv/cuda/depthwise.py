@@ -22,27 +22,14 @@ from typing import Any, NamedTuple
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import toolchain
+from . import roofline, toolchain
 from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
-from .lanes import (
-    MOST_STRETCH,
-    THREADS,
-    Stretch,
-    divided,
-    divisor,
-    divisor_types,
-    index_type,
-    loader,
-    needs_wide,
-    quotient,
-    scalar,
-    storer,
-    widest,
-)
+from .indices import constant_division, divisor, divisor_types, index_type, needs_wide, quotient, scalar
+from .lanes import MOST_STRETCH, THREADS, Stretch, loader, storer, widest
 from .ptx import pointer_to
 from .steps import Step
-from .vector_sums import second_pass, shares, sum_dtype, tree
+from .sums import second_pass, shares, tree
 
 cuda = toolchain.import_cuda()
 
@@ -54,8 +41,10 @@ MOST_TAPS = 4096
 MOST_UNROLLED = 25
 # Sums of a weight gradient that a thread holds in registers.
 MOST_SUMS = 36
-# Bytes per second of the largest GPU of the time, and the share of it that is hoped for; not measured.
-BANDWIDTH, SHARE, LAUNCH = 4.8e12, 0.85, 3e-6
+# Directions that end in bias and activation.
+FUSED = ("forward", "input_grad")
+# Shares of the peak of arithmetic and of bandwidth that are hoped for; not measured.
+SHARE, BANDWIDTH_SHARE = 0.2, 0.85
 
 
 class How(NamedTuple):
@@ -102,7 +91,7 @@ def meeting(backward: bool, wide: bool) -> Any:
 @lru_cache(maxsize=8)
 def pack(element: Element, wide: bool) -> Any:
     """Return the kernel that packs the weight (K, taps) to (taps, K)."""
-    index, split = index_type(wide), divided(wide)
+    index, split = index_type(wide), constant_division(wide)
 
     def depthwise_pack(weight, packed, total, K, k_m, k_s, taps):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
@@ -120,7 +109,7 @@ def slide_lanes(how: How) -> Any:
     The target is (outer, I, J, L, V*lanes) with planes of one channel outside, or images with channels inside.
     """
     element, backward, channels_last, wide, lanes, kernel, (step_o, step_p, step_q), code, has_bias = how
-    index, split, meets, over = index_type(wide), divided(wide), meeting(backward, wide), quotient(wide)
+    index, split, meets, over = index_type(wide), constant_division(wide), meeting(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, lanes), storer(element, lanes), element.sums, element.widen
     own_T, own_R, own_S = kernel
 
@@ -182,7 +171,7 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
     """
     element, backward, _, wide, lanes, (own_T, own_R, kernel), (step_o, step_p, _), code, has_bias = how
     _, stride, before, dilation, load_lanes, lead, offset, vectors = stretch
-    index, split, meets, over = index_type(wide), divided(wide), meeting(backward, wide), quotient(wide)
+    index, split, meets, over = index_type(wide), constant_division(wide), meeting(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, load_lanes), storer(element, lanes), element.sums, element.widen
     pieces = stride if backward else 1
     registers, count, advance = vectors * load_lanes, lanes * pieces, lanes if backward else lanes * stride
@@ -265,7 +254,7 @@ def correlate(element: Element, channels_last: bool, wide: bool, lot: Lot) -> An
     Blocks have `across` vectors of channels and `down` pixels at a time.
     """
     lanes, rows, columns, across, down = lot
-    index, split, over, load = index_type(wide), divided(wide), quotient(wide), loader(element, lanes)
+    index, split, over, load = index_type(wide), constant_division(wide), quotient(wide), loader(element, lanes)
     sums, slots, add_rows, count = element.sums, across * down, tree(wide, across, down), rows * columns * lanes
 
     def depthwise_correlate(
@@ -334,9 +323,9 @@ def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
     return True, ""
 
 
-def seconds(geometry: ConvGeometry, direction: str, architecture: str = "sm_90a") -> float:
+def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
     """Predicted time: each array moved once; not measured."""
-    return 2 * LAUNCH + geometry.bytes / (SHARE * BANDWIDTH)
+    return roofline.seconds(geometry, architecture, SHARE, launches=2, bandwidth_share=BANDWIDTH_SHARE)
 
 
 def workspace(
@@ -347,7 +336,7 @@ def workspace(
     taps = math.prod(g.kernel_size)
     if direction == "weight_grad":
         parts = _correlation(g, aligned, threads)[1]
-        return {"parts": Buffer((parts, g.out_channels, taps), sum_dtype(g.dtype))}
+        return {"parts": Buffer((parts, g.out_channels, taps), Element.of(g.dtype).sums_dtype)}
     return {"packed": Buffer((taps, g.out_channels), g.dtype)} if _lanes(g, aligned) > 1 else {}
 
 
@@ -357,6 +346,7 @@ def steps(
     activation: str | None = None,
     bias: bool = False,
     architecture: str = "sm_90a",
+    limit: int = 1 << 30,
     aligned: bool = True,
     threads: int = THREADS,
 ) -> list[Step]:

@@ -29,10 +29,10 @@ from ..registry import Buffer
 from . import roofline, toolchain
 from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
-from .indices import digits, step, whole_numbers
+from .indices import digits, divided, index_type, quotient, step
 from .ptx import pointer_to
 from .steps import Step
-from .sums import CHAIN, add_step, parts, tile
+from .sums import CHAIN, second_pass, shares, tree
 
 cuda = toolchain.import_cuda()
 
@@ -52,16 +52,16 @@ SHARE = 0.05
 @lru_cache(maxsize=2)
 def taps_of_output(wide: bool) -> Any:
     """Return the rule of the forward pass: which taps of an output are inside the input."""
-    index, quotient, _ = whole_numbers(wide)
+    index, over = index_type(wide), quotient(wide)
 
     def taps(at, size, count, stride, before, dilation, tap_step, step):
         """Return (first tap, its place in the input, how many there are)."""
         start = index(at * stride - before)
-        first = index(quotient(index(max(-start, 0) + dilation - 1), dilation))
+        first = index(over(index(max(-start, 0) + dilation - 1), dilation))
         place = index(start + first * dilation)
         inside = index(0)
         if place < size:
-            inside = index(quotient(index(size - 1 - place), dilation) + 1)
+            inside = index(over(index(size - 1 - place), dilation) + 1)
         return first, place, index(min(inside, count - first))
 
     return taps
@@ -70,27 +70,27 @@ def taps_of_output(wide: bool) -> Any:
 @lru_cache(maxsize=2)
 def taps_of_input(wide: bool) -> Any:
     """Return the rule of the input gradient: through which taps an input reaches which outputs."""
-    index, quotient, _ = whole_numbers(wide)
+    index, over = index_type(wide), quotient(wide)
 
     def taps(at, size, count, stride, before, dilation, tap_step, step):
         """Return (first tap, its place in the output, how many there are); places go down by -step."""
         rest = index(at + before)
         first = index(0)
         # Residues repeat after tap_step taps.
-        while first < tap_step and rest > 0 and index(index(quotient(rest, stride)) * stride) != rest:
+        while first < tap_step and rest > 0 and index(index(over(rest, stride)) * stride) != rest:
             first = index(first + 1)
             rest = index(rest - dilation)
         if rest < 0 or first == tap_step:
             return index(0), index(0), index(0)
-        place = index(quotient(rest, stride))
+        place = index(over(rest, stride))
         # The last places are beyond the output where the input has a border that no window reaches.
         back = index(-step)
-        skipped = index(quotient(index(max(place - size + 1, 0) + back - 1), back))
+        skipped = index(over(index(max(place - size + 1, 0) + back - 1), back))
         first, place = index(first + skipped * tap_step), index(place - skipped * back)
         if place < 0 or first >= count:
             return index(0), index(0), index(0)
-        left = index(quotient(index(count - 1 - first), tap_step) + 1)
-        return first, place, index(min(left, index(quotient(place, back) + 1)))
+        left = index(over(index(count - 1 - first), tap_step) + 1)
+        return first, place, index(min(left, index(over(place, back) + 1)))
 
     return taps
 
@@ -105,7 +105,7 @@ def gather(element: Element, direction: str, channels_last: bool, wide: bool, co
     (A, I, J, L) are the channels and the extent of the target, (B, D, H, W) those of the source, all channels counted;
     a group has `targets` and `sources` of them.
     """
-    index, _, divided = whole_numbers(wide)
+    index, split = index_type(wide), divided(wide)
     taps = (taps_of_output if direction == "forward" else taps_of_input)(wide)
     widen, narrow, sums = element.widen, element.narrow, element.sums
 
@@ -117,18 +117,18 @@ def gather(element: Element, direction: str, channels_last: bool, wide: bool, co
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             if channels_last:
-                rest, a = divided(number, A)
-                rest, l = divided(rest, L)
-                rest, j = divided(rest, J)
-                n, i = divided(rest, I)
+                rest, a = split(number, A)
+                rest, l = split(rest, L)
+                rest, j = split(rest, J)
+                n, i = split(rest, I)
                 pixel, channel = B, index(1)
             else:
-                rest, l = divided(number, L)
-                rest, j = divided(rest, J)
-                rest, i = divided(rest, I)
-                n, a = divided(rest, A)
+                rest, l = split(number, L)
+                rest, j = split(rest, J)
+                rest, i = split(rest, I)
+                n, a = split(rest, A)
                 pixel, channel = index(1), index(D * H * W)
-            group, own = divided(a, targets)
+            group, own = split(a, targets)
             t0, d0, count_t = taps(i, D, T, stride_d, pad_d, dilation_d, tap_d, step_d)
             r0, h0, count_r = taps(j, H, R, stride_h, pad_h, dilation_h, tap_h, step_h)
             s0, w0, count_s = taps(l, W, S, stride_w, pad_w, dilation_w, tap_w, step_w)
@@ -172,12 +172,12 @@ def correlate(element: Element, channels_last: bool, wide: bool, own: int, pixel
     (K, T, R, S, C // groups) where they are last, so that they read neighbours. A block sums the pixels from
     `blockIdx.y * share` on; with `to_parts` its sums go to (parts, K, C // groups, T, R, S), to be added up.
     """
-    index, _, divided = whole_numbers(wide)
+    index, split = index_type(wide), divided(wide)
     widen, narrow, sums = element.widen, element.narrow, element.sums
-    slots, half = own * pixels, pixels // 2
+    slots, add_rows = own * pixels, tree(wide, own, pixels)
 
     def direct_correlate(
-        grad, x, out, total, share, count, chain, C, D, H, W, K, T, R, S, O, P, Q, filters, channels,
+        grad, x, out, total, share, count, C, D, H, W, K, T, R, S, O, P, Q, filters, channels,
         stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
         walk_n, walk_o, walk_p, walk_q,
     ):  # fmt: skip
@@ -187,59 +187,49 @@ def correlate(element: Element, channels_last: bool, wide: bool, own: int, pixel
         result, place = sums(0), index(0)
         if number < total:
             if channels_last:
-                rest, c = divided(number, channels)
-                rest, s = divided(rest, S)
-                rest, r = divided(rest, R)
-                k, t = divided(rest, T)
+                rest, c = split(number, channels)
+                rest, s = split(rest, S)
+                rest, r = split(rest, R)
+                k, t = split(rest, T)
                 pixel, channel, y_pixel, filter_ = C, index(1), K, index(1)
             else:
-                rest, s = divided(number, S)
-                rest, r = divided(rest, R)
-                rest, t = divided(rest, T)
-                k, c = divided(rest, channels)
+                rest, s = split(number, S)
+                rest, r = split(rest, R)
+                rest, t = split(rest, T)
+                k, c = split(rest, channels)
                 pixel, channel, y_pixel, filter_ = index(1), index(D * H * W), index(1), index(O * P * Q)
             place = index((((k * channels + c) * T + t) * R + r) * S + s)
-            first = index((divided(k, filters)[0] * channels + c) * channel)
+            first = index((split(k, filters)[0] * channels + c) * channel)
             from_d = index(t * dilation_d - pad_d)
             from_h = index(r * dilation_h - pad_h)
             from_w = index(s * dilation_w - pad_w)
             m = index(index(cuda.blockIdx.y) * share + row)
             end = index(min(index(index(cuda.blockIdx.y) * share + share), count))
-            rest, q = divided(m, Q)
-            rest, p = divided(rest, P)
-            n, o = divided(rest, O)
+            rest, q = split(m, Q)
+            rest, p = split(rest, P)
+            n, o = split(rest, O)
             while m < end:
-                part, stop = sums(0), index(min(index(m + chain), end))
-                while m < stop:
-                    d, h, w = index(o * stride_d + from_d), index(p * stride_h + from_h), index(q * stride_w + from_w)
-                    if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
-                        at = index(n * C * D * H * W + first + ((d * H + h) * W + w) * pixel)
-                        y_at = index(n * K * O * P * Q + k * filter_ + ((o * P + p) * Q + q) * y_pixel)
-                        part += widen(grad[y_at]) * widen(x[at])
-                    # The thread's next pixel: numbers of mixed radix are added, carries and all.
-                    m = index(m + index(pixels))
-                    q, p, o, n = index(q + walk_q), index(p + walk_p), index(o + walk_o), index(n + walk_n)
-                    if q >= Q:
-                        q, p = index(q - Q), index(p + 1)
-                    if p >= P:
-                        p, o = index(p - P), index(o + 1)
-                    if o >= O:
-                        o, n = index(o - O), index(n + 1)
-                result += part
-        slot = index(row * index(own) + lane)
-        partial[slot] = result
-        cuda.syncthreads()
-        above = index(half)
-        while above > 0:
-            if row < above:
-                partial[slot] += partial[index(slot + above * index(own))]
-            cuda.syncthreads()
-            above = index(above >> 1)
+                d, h, w = index(o * stride_d + from_d), index(p * stride_h + from_h), index(q * stride_w + from_w)
+                if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
+                    at = index(n * C * D * H * W + first + ((d * H + h) * W + w) * pixel)
+                    y_at = index(n * K * O * P * Q + k * filter_ + ((o * P + p) * Q + q) * y_pixel)
+                    result += widen(grad[y_at]) * widen(x[at])
+                # The thread's next pixel: numbers of mixed radix are added, carries and all.
+                m = index(m + index(pixels))
+                q, p, o, n = index(q + walk_q), index(p + walk_p), index(o + walk_o), index(n + walk_n)
+                if q >= Q:
+                    q, p = index(q - Q), index(p + 1)
+                if p >= P:
+                    p, o = index(p - P), index(o + 1)
+                if o >= O:
+                    o, n = index(o - O), index(n + 1)
+        partial[index(row * index(own) + lane)] = result
+        add_rows(partial, lane, row)
         if row == 0 and number < total:
             if to_parts:
-                out[index(index(cuda.blockIdx.y) * total + place)] = partial[slot]
+                out[index(index(cuda.blockIdx.y) * total + place)] = partial[lane]
             else:
-                out[place] = narrow(partial[slot])
+                out[place] = narrow(partial[lane])
 
     direct_correlate.__name__ = _name("direct_weight_grad", element, channels_last, wide)
     return direct_correlate
@@ -263,7 +253,7 @@ def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
 def workspace(geometry: ConvGeometry, direction: str, limit: int, threads: int = THREADS) -> dict[str, Buffer]:
     """Sums of parts of the pixels, for the weight gradient of a small weight."""
     g = geometry
-    cut = _parts(g, threads) if direction == "weight_grad" else 1
+    cut = _shares(g, threads)[0] if direction == "weight_grad" else 1
     return {} if cut == 1 else {"parts": Buffer((cut, *g.weight_shape), Element.of(g.dtype).sums_dtype)}
 
 
@@ -273,6 +263,7 @@ def steps(
     activation: str | None = None,
     bias: bool = False,
     architecture: str = "sm_90a",
+    limit: int = 1 << 30,
     threads: int = THREADS,
 ) -> list[Step]:
     """Return the launches of one direction; forward and input gradient end in bias and activation."""
@@ -312,24 +303,32 @@ def _gather_step(g: ConvGeometry, direction: str, code: int, bias: bool, threads
 
 
 def _correlate_steps(g: ConvGeometry, threads: int) -> list[Step]:
-    element, wide, cut = Element.of(g.dtype), needs_wide(g), _parts(g, threads)
-    own, pixels = tile(g.data_format, threads)
-    total, count = math.prod(g.weight_shape), _pixels(g)
+    element, wide = Element.of(g.dtype), needs_wide(g)
+    own, pixels = _tile(g, threads)
+    cut, share = _shares(g, threads)
+    total = math.prod(g.weight_shape)
     sizes = (
-        total, -(-count // cut), count, CHAIN * pixels, g.in_channels, *g.input_size, g.out_channels, *g.kernel_size,
-        *g.output_size, g.out_channels // g.groups, g.in_channels // g.groups, *g.stride, *_before(g), *g.dilation,
+        total, share, _pixels(g), g.in_channels, *g.input_size, g.out_channels, *g.kernel_size, *g.output_size,
+        g.out_channels // g.groups, g.in_channels // g.groups, *g.stride, *_before(g), *g.dilation,
         *digits(pixels, (g.batch + pixels, *g.output_size)),
     )  # fmt: skip
     kernel = correlate(element, g.data_format == "channels_last", wide, own, pixels, cut > 1)
     target = ("parts", CPointer(element.sums)) if cut > 1 else ("out", element.pointer)
     arrays = [("grad_output", element.pointer), ("x", element.pointer), target]
     first = step(kernel, arrays, sizes, wide, (-(-total // own), cut), (own, pixels))
-    return [first] if cut == 1 else [first, add_step(element, total, cut, wide, threads)]
+    return [first] if cut == 1 else [first, second_pass(element, wide, total, cut, threads)]
 
 
-def _parts(g: ConvGeometry, threads: int) -> int:
-    """Return how many parts the pixels of the weight gradient are cut in."""
-    return parts(math.prod(g.weight_shape), _pixels(g), g.data_format, threads)
+def _tile(g: ConvGeometry, threads: int) -> tuple[int, int]:
+    """Return (elements, pixels) of a block: neighbouring threads read pixels, or where channels are last channels."""
+    own = max(threads // (4 if g.data_format == "channels_last" else 32), 1)
+    return own, threads // own
+
+
+def _shares(g: ConvGeometry, threads: int) -> tuple[int, int]:
+    """Return how many shares the pixels of the weight gradient are cut in, and the pixels of one."""
+    own, pixels = _tile(g, threads)
+    return shares(_pixels(g), -(-math.prod(g.weight_shape) // own), pixels)
 
 
 def _before(g: ConvGeometry) -> tuple[int, ...]:

@@ -1,39 +1,47 @@
-"""Whole numbers of kernels: the width of indices, division, numbers of mixed radix; and launches of such kernels."""
+"""Whole numbers of kernels: 32 or 64 bits, division, by constants too, mixed radix; and launches of such kernels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from . import toolchain
-from .ptx import divide
+from . import ptx, toolchain
+from .ptx import divide, fast_divide
 from .steps import Step
 
 toolchain.import_cuda()
 
-from numba.cuda.types import int32, int64  # noqa: E402
+from numba.cuda.types import int32, int64, uint32  # noqa: E402
+
+
+def index_type(wide: bool) -> Any:
+    """Return the type of indices."""
+    return int64 if wide else int32
 
 
 def _wide_quotient(a, b):
-    return a // b
+    return int64(a // b)
+
+
+def quotient(wide: bool) -> Any:
+    """Return the function of (a, b) that divides numbers that are not negative."""
+    return _wide_quotient if wide else divide
 
 
 @lru_cache(maxsize=2)
-def whole_numbers(wide: bool) -> tuple[Any, Any, Any]:
-    """Return the type of indices and two divisions of numbers that are not negative.
+def divided(wide: bool) -> Any:
+    """Return the function of (a, b) that returns a // b and a % b of numbers that are not negative."""
+    index, over = index_type(wide), quotient(wide)
 
-    `quotient(a, b)` is a // b, `divided(a, b)` is (a // b, a % b).
-    """
-    index, quotient = (int64, _wide_quotient) if wide else (int32, divide)
-
-    def divided(number, size):
-        whole = index(quotient(number, size))
+    def by_division(number, size):
+        whole = index(over(number, size))
         return whole, index(number - whole * size)
 
-    return index, quotient, divided
+    return by_division
 
 
 def digits(number: int, radices: Sequence[int]) -> tuple[int, ...]:
@@ -47,6 +55,42 @@ def digits(number: int, radices: Sequence[int]) -> tuple[int, ...]:
         number, digit = divmod(number, radix)
         found.insert(0, digit)
     return tuple(found)
+
+
+@lru_cache(maxsize=2)
+def constant_division(wide: bool) -> Any:
+    """Return the function of (number, divisor, its multiplier, its shift) that returns quotient and remainder."""
+
+    def by_division(number, size, multiplier, shift):
+        whole = int64(number // size)
+        return whole, int64(number - whole * size)
+
+    def by_multiplication(number, size, multiplier, shift):
+        whole = fast_divide(number, multiplier, shift)
+        return whole, int32(number - whole * size)
+
+    return by_division if wide else by_multiplication
+
+
+def divisor(size: int, wide: bool) -> tuple[Any, ...]:
+    """Return the arguments that `constant_division` takes for a divisor."""
+    multiplier, shift = (0, 0) if wide else ptx.divider(max(size, 1))
+    return scalar(size, wide), np.uint32(multiplier), np.int32(shift)
+
+
+def divisor_types(wide: bool) -> tuple[Any, ...]:
+    """Return their types."""
+    return index_type(wide), uint32, int32
+
+
+def scalar(value: int, wide: bool) -> Any:
+    """Return a whole number as an argument of a kernel."""
+    return np.int64(value) if wide else np.int32(value)
+
+
+def needs_wide(*extents: Sequence[int] | int) -> bool:
+    """Return whether a number of elements, or of threads counted to the end of their block, could pass 32 bits."""
+    return max(math.prod(e) if isinstance(e, Sequence) else e for e in extents) + 1024 >= 2**31
 
 
 def step(

@@ -1,4 +1,4 @@
-"""What memory-bound kernels share: neighbours as one access, whole numbers of 32 or 64 bits, quotients by constants.
+"""What memory-bound kernels share: neighbours as one access, and the stretch of a row that neighbours share.
 
 A thread has `lanes` neighbours of memory in registers: an array of `cuda.local` that is indexed by nothing but closed-
 over numbers. Half types are widened on the way in and rounded on the way out.
@@ -7,19 +7,19 @@ over numbers. Half types are widened on the way in and rounded on the way out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import ptx, toolchain
+from . import toolchain
 from .elements import Element
-from .ptx import divide, fast_divide, load2, load4, load8, store2, store4, store8
+from .indices import index_type
+from .ptx import load2, load4, load8, store2, store4, store8
 
 cuda = toolchain.import_cuda()
 
-from numba.cuda.types import int32, int64, uint32  # noqa: E402
+from numba.cuda.types import int64  # noqa: E402
 
 # Bytes of the widest access.
 WIDEST = 16
@@ -150,60 +150,3 @@ class Stretch(NamedTuple):
     def registers(self) -> int:
         """Elements of the stretch."""
         return self.vectors * self.lanes
-
-
-# --- whole numbers ---------------------------------------------------------------------------------------------
-
-
-def index_type(wide: bool) -> Any:
-    """Return the type of indices."""
-    return int64 if wide else int32
-
-
-@lru_cache(maxsize=2)
-def quotient(wide: bool) -> Any:
-    """Return the function of (a, b) that divides numbers that are not negative."""
-
-    def wide_quotient(a, b):
-        return int64(a // b)
-
-    def narrow_quotient(a, b):
-        return divide(a, b)
-
-    return wide_quotient if wide else narrow_quotient
-
-
-@lru_cache(maxsize=2)
-def divided(wide: bool) -> Any:
-    """Return the function of (number, divisor, its multiplier, its shift) that returns quotient and remainder."""
-
-    def by_division(number, size, multiplier, shift):
-        whole = int64(number // size)
-        return whole, int64(number - whole * size)
-
-    def by_multiplication(number, size, multiplier, shift):
-        whole = fast_divide(number, multiplier, shift)
-        return whole, int32(number - whole * size)
-
-    return by_division if wide else by_multiplication
-
-
-def divisor(size: int, wide: bool) -> tuple[Any, ...]:
-    """Return the arguments that `divided` takes for a divisor."""
-    multiplier, shift = (0, 0) if wide else ptx.divider(max(size, 1))
-    return scalar(size, wide), np.uint32(multiplier), np.int32(shift)
-
-
-def divisor_types(wide: bool) -> tuple[Any, ...]:
-    """Return their types."""
-    return index_type(wide), uint32, int32
-
-
-def scalar(value: int, wide: bool) -> Any:
-    """Return a whole number as an argument of a kernel."""
-    return np.int64(value) if wide else np.int32(value)
-
-
-def needs_wide(*extents: Sequence[int] | int) -> bool:
-    """Return whether a number of elements, or of threads counted to the end of their block, could pass 32 bits."""
-    return max(math.prod(e) if isinstance(e, Sequence) else e for e in extents) + 1024 >= 2**31

@@ -26,25 +26,10 @@ from ..geometry import PoolGeometry
 from ..registry import Buffer
 from . import toolchain
 from .elements import Element
-from .lanes import (
-    MOST_STRETCH,
-    THREADS,
-    Stretch,
-    divided,
-    divisor,
-    divisor_types,
-    index_loader,
-    index_storer,
-    index_type,
-    loader,
-    needs_wide,
-    quotient,
-    scalar,
-    storer,
-    widest,
-)
+from .indices import constant_division, divisor, divisor_types, index_type, needs_wide, quotient, scalar
+from .lanes import MOST_STRETCH, THREADS, Stretch, index_loader, index_storer, loader, storer, widest
 from .ptx import pointer_to
-from .steps import Step
+from .steps import Step, renamed
 
 cuda = toolchain.import_cuda()
 
@@ -204,7 +189,7 @@ class How(NamedTuple):
 def reduce_lanes(how: How) -> Any:
     """Return the kernel in which a thread has one window of some channels; its arguments are `_Sizes.forward`."""
     element, operation, wide, lanes, adaptive, with_indices, count_padding, is_fixed, power = how
-    index, split, window = index_type(wide), divided(wide), window_rule(adaptive, wide)
+    index, split, window = index_type(wide), constant_division(wide), window_rule(adaptive, wide)
     load, store, store_indices = loader(element, lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
     sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
@@ -263,7 +248,7 @@ def reduce_rows(how: How, stretch: Stretch) -> Any:
     """
     element, operation, wide, lanes, _, with_indices, count_padding, is_fixed, power = how
     kernel, stride, before, dilation, load_lanes, lead, offset, vectors = stretch
-    index, split, window = index_type(wide), divided(wide), window_rule(False, wide)
+    index, split, window = index_type(wide), constant_division(wide), window_rule(False, wide)
     load, store, store_indices = loader(element, load_lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
     sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
@@ -346,7 +331,7 @@ class Back(NamedTuple):
 def spread_lanes(back: Back) -> Any:
     """Return the kernel in which a thread has one element of some channels; its arguments are `_Sizes.backward`."""
     element, kind, wide, lanes, adaptive, has_reach, count_padding, is_fixed = back
-    index, split, over = index_type(wide), divided(wide), quotient(wide)
+    index, split, over = index_type(wide), constant_division(wide), quotient(wide)
     window, cover = window_rule(adaptive, wide), cover_rule(adaptive, wide)
     load, store, load_indices = loader(element, lanes), storer(element, lanes), index_loader(wide, lanes)
     sums, by_index, latest = element.sums, kind != EVERY, kind == LATEST
@@ -427,7 +412,7 @@ def spread_rows(back: Back, stretch: Stretch) -> Any:
     """
     element, kind, wide, lanes, *_ = back
     kernel, stride, before, dilation, _, lead, _, vectors = stretch
-    index, split, cover = index_type(wide), divided(wide), cover_rule(False, wide)
+    index, split, cover = index_type(wide), constant_division(wide), cover_rule(False, wide)
     load, store, load_indices = loader(element, lanes), storer(element, lanes), index_loader(wide, lanes)
     sums, by_index, latest = element.sums, kind != EVERY, kind == LATEST
     own, registers, span = lanes * stride, vectors * lanes, (kernel - 1) * dilation + 1
@@ -514,7 +499,7 @@ def find_reach(wide: bool, threads: int) -> Any:
 
     That is (least, most) of three axes, and 1 if an index is neither inside its plane nor the one that is allowed.
     """
-    index, over, split = index_type(wide), quotient(wide), divided(wide)
+    index, over, split = index_type(wide), quotient(wide), constant_division(wide)
     slots, far, merge = threads * REACH, _far(wide), merge_reaches(wide, threads)
 
     def pool_find_reach(
@@ -575,7 +560,7 @@ def _far(wide: bool) -> int:
 @lru_cache(maxsize=16)
 def pick(element: Element, wide: bool, lanes: int) -> Any:
     """Return the kernel that reads the element of its plane that each index names; nothing for one outside."""
-    index, split = index_type(wide), divided(wide)
+    index, split = index_type(wide), constant_division(wide)
     store, load_indices, sums, widen = storer(element, lanes), index_loader(wide, lanes), element.sums, element.widen
 
     def pool_pick(grad, indices, out, total, V, v_m, v_s, L, l_m, l_s, size):
@@ -592,6 +577,40 @@ def pick(element: Element, wide: bool, lanes: int) -> Any:
             store(out, index(number * lanes), results, 0)
 
     return pool_pick
+
+
+# --- the gradient of a norm ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def norm_shares(element: Element, wide: bool, power: float) -> Any:
+    """Return the kernel of what each window gives back: grad * norm**(1 - power); nothing where the norm is 0."""
+    index, sums = index_type(wide), element.sums
+
+    def pool_norm_shares(grad, norms, out, total, factor):
+        number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
+        if number < total:
+            norm = norms[number]
+            share = grad[number] * math.pow(norm, sums(1 - power)) * factor
+            out[number] = sums(0) if norm == sums(0) else share
+
+    return pool_norm_shares
+
+
+@lru_cache(maxsize=16)
+def norm_slopes(element: Element, wide: bool, power: float) -> Any:
+    """Return the kernel that multiplies by the slope sign(x) * |x|**(power - 1), in place; 0 where x is."""
+    index, sums = index_type(wide), element.sums
+
+    def pool_norm_slopes(x, out, total):
+        number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
+        if number < total:
+            value = x[number]
+            slope = math.pow(math.fabs(value), sums(power - 1))
+            slope = -slope if value < sums(0) else slope
+            out[number] = out[number] * (sums(0) if value == sums(0) else slope)
+
+    return pool_norm_slopes
 
 
 # --- host ------------------------------------------------------------------------------------------------------
@@ -685,6 +704,39 @@ def avg_pool_grad(
 ) -> list[Step]:  # fmt: skip
     """Return the launches from "grad_output" to the gradient "out" of an average."""
     return _spreading(geometry, dtype, EVERY, count_padding, divisor, aligned=aligned, threads=threads)
+
+
+def lp_pool_grad_workspace(geometry: PoolGeometry, dtype: np.dtype) -> dict[str, Buffer]:
+    """Return the buffers of `lp_pool_grad`."""
+    shape = (geometry.batch * geometry.channels * math.prod(geometry.output_size),)
+    return {"norms": Buffer(shape, dtype), "shares": Buffer(shape, dtype)}
+
+
+def lp_pool_grad(geometry: PoolGeometry, dtype: np.dtype, power: float, threads: int = THREADS) -> list[Step]:
+    """Return the launches from "grad_output" and "x", float32 or float64, to the gradient "out" of a norm.
+
+    dx = sign(x) * |x|**(power - 1) * sum over windows of grad * norm**(1 - power)
+    """
+    g, element = geometry, Element.of(dtype)
+    windows, pixels = (g.batch * g.channels * math.prod(size) for size in (g.output_size, g.input_size))
+    if 0 in (windows, pixels):
+        return avg_pool_grad(g, dtype, threads=threads)
+    wide = needs_wide(windows, pixels)
+    index = index_type(wide)
+    shares = Step(
+        norm_shares(element, wide, power), (*(element.pointer,) * 3, index, element.sums), *_launch(windows, threads),
+        ("grad_output", "norms", "shares", scalar(windows, wide), _number(element, math.prod(g.kernel_size))),
+    )  # fmt: skip
+    slopes = Step(
+        norm_slopes(element, wide, power), (*(element.pointer,) * 2, index), *_launch(pixels, threads),
+        ("x", "out", scalar(pixels, wide)),
+    )  # fmt: skip
+    return [
+        *renamed(lp_pool(g, dtype, power, threads=threads), out="norms"),
+        shares,
+        *renamed(avg_pool_grad(g, dtype, threads=threads), grad_output="shares"),
+        slopes,
+    ]
 
 
 def scatter_workspace(shape: Any, size: Any, threads: int = THREADS) -> dict[str, Buffer]:

@@ -42,8 +42,10 @@ def peak(architecture: str) -> Peak:
     return PEAKS[architecture.rstrip("a")]
 
 
-def seconds(geometry: ConvGeometry, architecture: str, share: float, launches: int = 1) -> float:
-    """Return the predicted time of a convolution by an algorithm that reaches a share of the peak."""
+def seconds(
+    geometry: ConvGeometry, architecture: str, share: float, launches: int = 1, bandwidth_share: float = 1.0
+) -> float:
+    """Return the predicted time of a convolution by an algorithm that reaches these shares of the peaks."""
     there = peak(architecture)
     flops = there.float64 if geometry.dtype.name == "float64" else there.float32
-    return launches * LAUNCH + max(geometry.flops / (share * flops), geometry.bytes / there.bytes)
+    return launches * LAUNCH + max(geometry.flops / (share * flops), geometry.bytes / (bandwidth_share * there.bytes))

@@ -10,7 +10,9 @@ All arrays are `arrays.DeviceArray`s with a batch, in the format of the geometry
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,10 +20,11 @@ import numpy as np
 
 from ..arrays import DeviceArray, DeviceLibrary
 from ..errors import ArgumentError, UnsupportedError
-from ..geometry import ConvGeometry
-from ..registry import Buffer
-from . import launch, padding
+from ..geometry import ConvGeometry, PoolGeometry
+from ..registry import Buffer, workspace_bytes
+from . import launch, padding, pool
 from .compile import compile_kernel
+from .elements import SUPPORTED, Element
 from .steps import Step
 
 # What kernels may take for granted of an address: their widest access.
@@ -98,10 +101,11 @@ def launched(launches: Iterable[Launch], addresses: Mapping[str, int], stream: i
 
 @lru_cache(maxsize=1024)
 def _conv_launches(
-    algorithm: Any, geometry: ConvGeometry, direction: str, activation: str | None, bias: bool, library: DeviceLibrary
-) -> list[Launch]:
+    algorithm: Any, geometry: ConvGeometry, direction: str, activation: str | None, bias: bool, library: DeviceLibrary,
+    limit: int,
+) -> list[Launch]:  # fmt: skip
     """Return the launches of a convolution on a library's GPU, which is the current one."""
-    made = algorithm.implementation.steps(geometry, direction, activation, bias, library.device)
+    made = algorithm.implementation.steps(geometry, direction, activation, bias, library.device, limit)
     return ready(made, library.device)
 
 
@@ -247,7 +251,9 @@ def _compute(
     assert result is not None, "somebody wants the result"
     fused = direction in getattr(choice.algorithm.implementation, "FUSED", ("forward",))
     how = (activation, bias is not None) if fused else (None, False)
-    launches = _conv_launches(choice.algorithm, choice.geometry, direction, *how, library)
+    # What was stated is as much as is used.
+    limit = workspace_bytes(choice.buffers)
+    launches = _conv_launches(choice.algorithm, choice.geometry, direction, *how, library, limit)
     _run(launches, library, arrays, choice.buffers)
     if not fused and (bias is not None or activation is not None):
         g = choice.geometry
@@ -335,6 +341,162 @@ def _first_axis(stored: str) -> int:
     return 2 if stored == "channels_first" else 1
 
 
+# --- pooling ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _pool_launches(make: Callable[..., list[Step]], library: DeviceLibrary, *arguments: Any) -> list[Launch]:
+    """Return the launches of a function of `pool.py`, on a library's GPU."""
+    return ready(make(*arguments), library.device)
+
+
+def _require_floating(name: str, array: DeviceArray) -> None:
+    if array.dtype.name not in SUPPORTED:
+        raise UnsupportedError(f"on a GPU {name} pools {', '.join(SUPPORTED)}, not {array.dtype}")
+
+
+def _pooled(
+    name: str, make: Callable[..., list[Step]], geometry: PoolGeometry, given: DeviceArray, *arguments: Any,
+    backward: bool = False, indices: bool = False,
+) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
+    """Return what steps made for a geometry make of one array: "out", and where asked for the "indices"."""
+    g, library = geometry, given.library
+    _require_floating(name, given)
+    stored = stored_format(given, g.data_format)
+    with library.current():
+        source = _laid_out(given, g.data_format, stored)
+        shape = _shape(stored, g.batch, g.channels, g.input_size if backward else g.output_size)
+        out = library.empty(shape, given.dtype)
+        where = library.empty(shape, np.dtype(np.int64)) if indices else None
+        launches = _pool_launches(make, library, replace(g, data_format=stored), given.dtype, *arguments)
+        _run(launches, library, {"grad_output" if backward else "x": source, "out": out, "indices": where})
+        return _moved(out, stored, g.data_format), None if where is None else _moved(where, stored, g.data_format)
+
+
+def max_pool(geometry: PoolGeometry, x: DeviceArray, return_indices: bool) -> tuple[DeviceArray, DeviceArray | None]:
+    """Return (maxima, int64 indices or None)."""
+    return _pooled("max_pool", pool.max_pool, geometry, x, return_indices, indices=return_indices)
+
+
+def avg_pool(geometry: PoolGeometry, x: DeviceArray, count_include_pad: bool, divisor: int) -> DeviceArray:
+    """Return the average of each window."""
+    return _pooled("avg_pool", pool.avg_pool, geometry, x, count_include_pad, divisor)[0]
+
+
+def avg_pool_backward(
+    geometry: PoolGeometry, grad_output: DeviceArray, count_include_pad: bool, divisor: int
+) -> DeviceArray:
+    """Return the gradient of the average with respect to its input."""
+    how = (count_include_pad, divisor)
+    return _pooled("avg_pool_backward", pool.avg_pool_grad, geometry, grad_output, *how, backward=True)[0]
+
+
+def lp_pool(geometry: PoolGeometry, x: DeviceArray, power: float) -> DeviceArray:
+    """Return (mean of |x|**power * prod(kernel)) ** (1/power) of each window."""
+    return _pooled("lp_pool", pool.lp_pool, geometry, x, power)[0]
+
+
+def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: DeviceArray, power: float) -> DeviceArray:
+    """Return the gradient of the norm with respect to its input; half types are computed in float32."""
+    g, library = geometry, x.library
+    _require_floating("lp_pool_backward", x)
+    stored, dtype = stored_format(x, g.data_format), Element.of(x.dtype).sums_dtype
+    with library.current():
+        operands = {
+            "x": _converted(_laid_out(x, g.data_format, stored), dtype),
+            "grad_output": _converted(_laid_out(grad_output, g.data_format, stored), dtype),
+        }
+        inside, out = (
+            replace(g, data_format=stored),
+            library.empty(_shape(stored, g.batch, g.channels, g.input_size), dtype),
+        )
+        launches = _pool_launches(pool.lp_pool_grad, library, inside, dtype, power)
+        _run(launches, library, {**operands, "out": out}, pool.lp_pool_grad_workspace(inside, dtype))
+        return _moved(_converted(out, x.dtype), stored, g.data_format)
+
+
+def _converted(array: DeviceArray, dtype: np.dtype) -> DeviceArray:
+    if array.dtype == dtype:
+        return array
+    fresh = array.library.empty(array.shape, dtype)
+    fresh.fill_from(array)
+    return fresh
+
+
+def _scattered(
+    values: DeviceArray, indices: DeviceArray, batch: int, channels: int, spatial: tuple[int, ...], data_format: str,
+    latest: bool,
+) -> tuple[DeviceArray, bool]:  # fmt: skip
+    """Return values at their places, added up or the latest, and True: who asks whether indices were good must wait."""
+    library, stored = values.library, stored_format(values, data_format)
+    _require_floating("max_unpool" if latest else "max_pool_backward", values)
+    with library.current():
+        source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
+        out = library.empty(_shape(stored, batch, channels, spatial), values.dtype)
+        shape, size = _planes(source, stored), _planes(out, stored)[1:4]
+        launches = _pool_launches(pool.scatter, library, shape, size, values.dtype, latest)
+        buffers = pool.scatter_workspace(shape, size)
+        _run(launches, library, {"grad_output": source, "indices": where, "out": out}, buffers)
+        return _moved(out, stored, data_format), True
+
+
+def max_pool_backward(
+    grad_output: DeviceArray, indices: DeviceArray, batch: int, channels: int, input_size: tuple[int, ...],
+    data_format: str,
+) -> tuple[DeviceArray, bool]:  # fmt: skip
+    """Return (gradient with respect to the input, True); an index outside the plane counts for nothing."""
+    return _scattered(grad_output, indices, batch, channels, input_size, data_format, latest=False)
+
+
+def max_unpool(
+    x: DeviceArray, indices: DeviceArray, batch: int, channels: int, output_size: tuple[int, ...], data_format: str
+) -> tuple[DeviceArray, bool]:
+    """Return (values at their indices and 0 elsewhere, True); an index outside the plane counts for nothing."""
+    return _scattered(x, indices, batch, channels, output_size, data_format, latest=True)
+
+
+def max_unpool_backward(
+    grad_output: DeviceArray, indices: DeviceArray, batch: int, channels: int, input_size: tuple[int, ...],
+    data_format: str,
+) -> tuple[DeviceArray, bool]:  # fmt: skip
+    """Return (gradient at each index, True); an index outside the plane reads 0."""
+    library, stored = grad_output.library, stored_format(grad_output, data_format)
+    _require_floating("max_unpool_backward", grad_output)
+    with library.current():
+        source, where = (_laid_out(a, data_format, stored) for a in (grad_output, indices))
+        out = library.empty(_shape(stored, batch, channels, input_size), grad_output.dtype)
+        outer, *windows, inner = _planes(out, stored)
+        size = math.prod(_planes(source, stored)[1:4])
+        launches = _pool_launches(pool.gather, library, (outer, math.prod(windows), inner), size, grad_output.dtype)
+        _run(launches, library, {"grad_output": source, "indices": where, "out": out})
+        return _moved(out, stored, data_format), True
+
+
+def _planes(array: DeviceArray, stored: str) -> tuple[int, ...]:
+    """Return the shape of an array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
+    N, C, *spatial = array.shape
+    if stored == "channels_last":
+        *spatial, C = array.shape[1:]
+    spatial = [1] * (3 - len(spatial)) + list(spatial)
+    return (N * C, *spatial, 1) if stored == "channels_first" else (N, *spatial, C)
+
+
+def prepared_max_pool(geometry: PoolGeometry, dtype: np.dtype, return_indices: bool) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+def prepared_max_pool_backward(grad_output: Any, indices: Any, input_shape: Any, data_format: str) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+def prepared_avg_pool(geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
+def prepared_avg_pool_backward(geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int) -> None:
+    """None, as for :func:`prepared_forward`."""
+
+
 # --- not there yet ---------------------------------------------------------------------------------------------
 
 
@@ -346,12 +508,4 @@ def _missing(name: str) -> Callable[..., Any]:
     return refuse
 
 
-max_pool, max_pool_backward, max_unpool, max_unpool_backward = map(
-    _missing, ("max_pool", "max_pool_backward", "max_unpool", "max_unpool_backward")
-)
-avg_pool, avg_pool_backward, lp_pool, lp_pool_backward = map(
-    _missing, ("avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward")
-)
-prepared_max_pool, prepared_max_pool_backward = map(_missing, ("max_pool", "max_pool_backward"))
-prepared_avg_pool, prepared_avg_pool_backward = map(_missing, ("avg_pool", "avg_pool_backward"))
 unfold, fold = map(_missing, ("unfold", "fold"))

@@ -6,7 +6,7 @@ of `explain` are given the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,3 +37,10 @@ class Step(NamedTuple):
     arguments: tuple[str | np.generic, ...]
     shared_bytes: int = 0
     launch_bounds: int | tuple[int, ...] | None = None
+
+
+def renamed(steps: Iterable[Step], **names: str) -> list[Step]:
+    """Return steps whose arrays have other names."""
+    return [
+        s._replace(arguments=tuple(names.get(a, a) if isinstance(a, str) else a for a in s.arguments)) for s in steps
+    ]

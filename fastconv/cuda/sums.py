@@ -1,4 +1,7 @@
-"""Sums over many blocks, without atomics: each block adds up a part, a second kernel the parts, always in order."""
+"""Sums over many blocks, without atomics: each block adds up a share, a second kernel what they found, always in order.
+
+Within a block rows are added up in shared memory as a tree. Which numbers meet depends on sizes alone.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,53 @@ from typing import Any
 
 from . import toolchain
 from .elements import Element
-from .indices import step, whole_numbers
+from .indices import index_type, step
 from .steps import Step
 
 cuda = toolchain.import_cuda()
 
 from numba.cuda.types import CPointer  # noqa: E402
 
-# Products or numbers per running sum: the rounding error of a float32 sum grows with its length.
+# Additions in one running sum: the rounding error of a float32 sum grows with its length.
 CHAIN = 512
+# Additions that are worth a share of their own, a thread.
+LEAST = 8
 # Blocks to cut a sum for: eight for each of 132 multiprocessors.
 ENOUGH_BLOCKS = 1056
 
 
-def tile(data_format: str, threads: int) -> tuple[int, int]:
-    """Return (results, pixels) of a block: neighbouring threads read pixels, or where channels are last channels."""
-    own = max(threads // (4 if data_format == "channels_last" else 32), 1)
-    return own, threads // own
+def shares(pixels: int, blocks: int, down: int) -> tuple[int, int]:
+    """Return (how many shares, pixels of one) for so many pixels, blocks beside each other and rows of a block.
+
+    There are enough shares to fill a GPU and to keep running sums short.
+    """
+    wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)), 1)
+    share = max(-(-pixels // wanted), 1)
+    return max(-(-pixels // share), 1), share
 
 
-def parts(results: int, pixels: int, data_format: str, threads: int) -> int:
-    """Return how many parts the pixels of a sum are cut in: enough blocks, each thread with some work."""
-    own, at_once = tile(data_format, threads)
-    blocks = -(-results // own)
-    wanted = min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (at_once * CHAIN // 8)))
-    return -(-pixels // -(-pixels // wanted))
+@lru_cache(maxsize=16)
+def tree(wide: bool, across: int, down: int) -> Any:
+    """Return the function that adds up the rows of a block's (down, across) slots of shared memory in its first row."""
+    index, half = index_type(wide), down // 2
+
+    def add_rows(slots, column, row):
+        above = index(half)
+        while above > 0:
+            cuda.syncthreads()
+            if row < above:
+                slots[row * across + column] += slots[(row + above) * across + column]
+            above = index(above >> 1)
+
+    return add_rows
 
 
 @lru_cache(maxsize=16)
 def add_parts(element: Element, wide: bool) -> Any:
-    """Return the kernel that adds up sums of the same elements, one element a thread."""
-    index, sums, narrow = whole_numbers(wide)[0], element.sums, element.narrow
+    """Return the kernel that adds up (count, total) sums in order, one result a thread."""
+    index, sums, narrow = index_type(wide), element.sums, element.narrow
 
-    def add(parts, out, total, count):
+    def sums_add_parts(parts, out, total, count):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             result, at = sums(0), number
@@ -48,11 +65,11 @@ def add_parts(element: Element, wide: bool) -> Any:
                 at = index(at + total)
             out[number] = narrow(result)
 
-    add.__name__ = f"add_parts_{element.name}_{64 if wide else 32}"
-    return add
+    sums_add_parts.__name__ = f"sums_add_parts_{element.name}_{64 if wide else 32}"
+    return sums_add_parts
 
 
-def add_step(element: Element, total: int, count: int, wide: bool, threads: int) -> Step:
-    """Return the launch that adds `count` parts in the buffer "parts" up to "out"."""
+def second_pass(element: Element, wide: bool, total: int, count: int, threads: int) -> Step:
+    """Return the launch that adds `count` sums of `total` elements in the buffer "parts" up to "out"."""
     arrays = [("parts", CPointer(element.sums)), ("out", element.pointer)]
     return step(add_parts(element, wide), arrays, (total, count), wide, (-(-total // threads),), (threads,))

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from emulation import compiled, global_bytes, poisoned, run_steps
+from emulation import compiled, global_bytes, poisoned
 from hypothesis import given, settings, strategies
 from support import BFLOAT16, DIRECTIONS, whole
 
 import fastconv
 from fastconv import reference
-from fastconv.cuda import depthwise, vector_sums
+from fastconv.cuda import depthwise, run
 from fastconv.cuda.architecture import TESTED
 from fastconv.cuda.compile import budget
 from fastconv.testing import CONV_CASES, ConvCase
@@ -63,7 +63,7 @@ def computed(case, direction, data_format, dtype=np.float32, seed=None, threads=
         "out": poisoned(shape, dtype), **{name: poisoned(b.shape, b.dtype) for name, b in buffers.items()},
     }  # fmt: skip
     more = {"bias": True, "activation": "relu"} if direction == "forward" else {}
-    reports = run_steps(depthwise.steps(g, direction, threads=threads, **more, **options), arrays, seed)
+    reports = run.emulated(depthwise.steps(g, direction, threads=threads, **more, **options), arrays, seed)
     dx, dw, _ = reference.conv_backward(grad, x, weight, *how)
     expected = {"forward": np.maximum(y, 0), "input_grad": dx, "weight_grad": dw}[direction]
     got = arrays["out"]
@@ -147,47 +147,25 @@ def test_one_channel_per_group_is_what_it_takes():
     assert depthwise.supports(wide, "forward") == (False, "it takes one channel per group, not 2")
 
 
-# --- the gradient of a bias ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (3, 8, 4, 6), (1, 35, 5, 7), (2, 4, 20, 20), (0, 3, 4, 4)], ids=str)
-def test_gradients_of_biases_come_out_exact(shape, data_format, dtype):
-    g = geometry_of(ConvCase("", (shape[0], 1, *shape[2:]), (shape[1], 1, 1, 1)), data_format, dtype)
-    grad = whole("bias", shape=shape, dtype=dtype)
-    ((name, buffer),) = vector_sums.bias_workspace(g, threads=THREADS).items()
-    out = poisoned(shape[1:2], dtype)
-    arrays = {"grad_output": put(grad, data_format), name: poisoned(buffer.shape, buffer.dtype), "out": out}
-    run_steps(vector_sums.bias_grad(g, threads=THREADS), arrays, seed=1)
-    expected = grad.astype(np.float64).sum(axis=(0, 2, 3)).astype(dtype)
-    assert np.array_equal(out.astype(np.float64), expected.astype(np.float64))
-
-
 # --- machine code ----------------------------------------------------------------------------------------------
-
-
-def steps_of(what, data_format):
-    g = geometry_of(ConvCase("", (8, 64, 56, 56), (64, 1, 3, 3), 1, 1, groups=64), data_format, np.float32)
-    return vector_sums.bias_grad(g) if what == "bias_grad" else depthwise.steps(g, what)
 
 
 @pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("what", [*DIRECTIONS, "bias_grad"])
-def test_machine_code_keeps_its_budget(what, data_format, architecture):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_machine_code_keeps_its_budget(direction, data_format, architecture):
     last = data_format == "channels_last"
-    step = steps_of(what, data_format)[1 if last and what in ("forward", "input_grad") else 0]
-    expected = ("LDG.E.128",) if last or what != "weight_grad" else ("LDG",)
-    expected += ("STG.E.128", "FFMA") if what in ("forward", "input_grad") else ("STS", "BAR")
+    g = geometry_of(ConvCase("", (8, 64, 56, 56), (64, 1, 3, 3), 1, 1, groups=64), data_format, np.float32)
+    step = depthwise.steps(g, direction)[1 if last and direction != "weight_grad" else 0]
+    expected = ("LDG.E.128",) if last or direction != "weight_grad" else ("LDG",)
+    expected += ("STG.E.128", "FFMA") if direction != "weight_grad" else ("STS", "BAR")
     assert budget(compiled(step, architecture), 128, expected) == []
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_wide_indices_give_the_same(direction, data_format, monkeypatch):
-    for module in (depthwise, vector_sums):
-        monkeypatch.setattr(module, "needs_wide", lambda *extents: True)
+    monkeypatch.setattr(depthwise, "needs_wide", lambda *extents: True)
     case = ConvCase("", (1, 4, 4, 8), (4, 1, 2, 3), 2, 1, groups=4)
     got, expected, _ = computed(case, direction, data_format)
     assert np.array_equal(got, expected)

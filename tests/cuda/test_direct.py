@@ -13,7 +13,7 @@ from support import DIRECTIONS, ConvProblem, conv_problem, normal, whole
 
 import fastconv
 from fastconv import reference
-from fastconv.cuda import bias, direct, run, sums
+from fastconv.cuda import direct, run, sums
 from fastconv.cuda.architecture import TESTED
 from fastconv.cuda.compile import budget, compile_kernel
 from fastconv.testing import ConvCase, assert_close
@@ -189,31 +189,3 @@ def test_activations_are_not_in_double_precision(activation):
     faults = budget(compile_kernel(step.kernel, step.signature), 64, ("FFMA",))
     # What the quotient of a sigmoid needs for numbers near the limits of float32.
     assert faults in ([], ["1 CALL"])
-
-
-# --- the bias on its own ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 40, 7), (3, 1, 60)], ids=str)
-def test_the_gradient_of_the_bias(shape, data_format, monkeypatch):
-    monkeypatch.setattr(sums, "CHAIN", 16)
-    (N, K, L), dtype = shape, np.dtype(np.float32)
-    g = whole("g", shape=shape)
-    stored = np.ascontiguousarray(np.moveaxis(g, 1, -1)) if data_format == "channels_last" else g
-    buffers = bias.workspace(N, K, L, data_format, dtype, THREADS)
-    lent = {name: np.full(b.shape, np.nan, b.dtype) for name, b in buffers.items()}
-    out = np.full(K, np.nan, dtype)
-    run.emulated(bias.steps(N, K, L, data_format, dtype, THREADS), {"grad_output": stored, "out": out, **lent})
-    assert np.array_equal(out, g.sum(axis=(0, 2)))
-    assert lent or shape != (3, 1, 60)
-
-
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90a"])
-def test_machine_code_of_the_bias_keeps_the_budget(architecture):
-    steps = [
-        *bias.steps(64, 2, 9000, "channels_first", np.dtype(np.float32)),
-        *bias.apply_steps(4000, 8, 10, np.dtype(np.float32), "leaky_relu", True),
-    ]
-    for step in steps:
-        assert budget(compile_kernel(step.kernel, step.signature, architecture), 40, ("LDG.E", "STG.E")) == []

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from emulation import compiled, global_bytes, poisoned, run_steps
+from emulation import compiled, global_bytes, poisoned
 from hypothesis import given, settings, strategies
 from support import BFLOAT16, normal, whole
 
 import fastconv
 from fastconv import reference
-from fastconv.cuda import pool
+from fastconv.cuda import pool, run
 from fastconv.cuda.architecture import TESTED
 from fastconv.cuda.compile import budget
 from fastconv.testing import POOL_CASES, PoolCase, assert_close, pool_cases
@@ -69,7 +69,7 @@ def max_pooled(case, data_format, x, **options):
     seed = options.pop("seed", None)
     options = {"threads": THREADS, **options}
     arrays = {"x": put(x, data_format), "out": y, "indices": indices}
-    reports = run_steps(pool.max_pool(g, x.dtype, **options), arrays, seed)
+    reports = run.emulated(pool.max_pool(g, x.dtype, **options), arrays, seed)
     return back(y, data_format), back(indices, data_format), reports
 
 
@@ -122,7 +122,7 @@ def test_aligned_shapes_are_read_and_written_by_128_bits(data_format):
 
 def pooled(steps, g, data_format, x):
     y = poisoned(g.output_shape, x.dtype)
-    run_steps(steps, {"x": put(x, data_format), "out": y})
+    run.emulated(steps, {"x": put(x, data_format), "out": y})
     return back(y, data_format)
 
 
@@ -185,7 +185,7 @@ def test_adaptive_pools_and_their_gradients_are_the_oracles(shape, output, data_
     x = whole("adaptive", shape=shape)
     g = fastconv.PoolGeometry.adaptive(put(x, data_format).shape, output, spatial_dims=dims, data_format=data_format)
     y, indices = poisoned(g.output_shape, x.dtype), poisoned(g.output_shape, np.int64)
-    run_steps(pool.max_pool(g, x.dtype, threads=THREADS), {"x": put(x, data_format), "out": y, "indices": indices})
+    run.emulated(pool.max_pool(g, x.dtype, threads=THREADS), {"x": put(x, data_format), "out": y, "indices": indices})
     expected, where = reference.adaptive_max_pool(x, output)
     assert np.array_equal(back(y, data_format), expected)
     assert np.array_equal(back(indices, data_format), where)
@@ -206,7 +206,7 @@ def graded(steps, g, data_format, grad, where=None, seed=None):
     arrays = {"grad_output": put(grad, data_format), "out": dx}
     if where is not None:
         arrays["indices"] = put(where, data_format)
-    run_steps(steps, arrays, seed)
+    run.emulated(steps, arrays, seed)
     return back(dx, data_format)
 
 
@@ -244,7 +244,7 @@ def test_gradients_of_aligned_shapes_are_written_by_128_bits(data_format):
     y, where = reference.max_pool(x, **how(case))
     arrays = {"grad_output": put(y.astype(np.float32), data_format), "indices": put(where, data_format),
               "out": poisoned(g.x_shape, x.dtype)}  # fmt: skip
-    assert global_bytes(run_steps(pool.max_pool_grad(g, x.dtype, threads=THREADS), arrays, seed=3)) == {16}
+    assert global_bytes(run.emulated(pool.max_pool_grad(g, x.dtype, threads=THREADS), arrays, seed=3)) == {16}
 
 
 # --- any indices -----------------------------------------------------------------------------------------------
@@ -263,7 +263,9 @@ def scattered(values, where, size, data_format, latest, seed=None):
     shape = given["indices"].shape
     buffers = {name: poisoned(b.shape, b.dtype) for name, b in pool.scatter_workspace(shape, size, THREADS).items()}
     out = poisoned((shape[0], *size, shape[4]), values.dtype)
-    run_steps(pool.scatter(shape, size, values.dtype, latest, threads=THREADS), {**given, **buffers, "out": out}, seed)
+    run.emulated(
+        pool.scatter(shape, size, values.dtype, latest, threads=THREADS), {**given, **buffers, "out": out}, seed
+    )
     N, C = values.shape[:2]
     out = out.reshape(N, C, *size) if data_format == "channels_first" else np.moveaxis(out.reshape(N, *size, C), -1, 1)
     return out, int(buffers["reach"][6])
@@ -292,7 +294,7 @@ def test_unpooling_takes_the_latest_and_the_way_back_reads_it(data_format):
     shape = planes(where, data_format).shape
     out = poisoned(put(where, data_format).shape, np.float32)
     arrays = {"grad_output": put(grad, data_format), "indices": put(where, data_format), "out": out}
-    run_steps(pool.gather((shape[0], 12, shape[4]), 30, grad.dtype, threads=THREADS), arrays)
+    run.emulated(pool.gather((shape[0], 12, shape[4]), 30, grad.dtype, threads=THREADS), arrays)
     assert np.array_equal(back(out, data_format), reference.max_unpool_backward(grad, where))
 
 

@@ -30,7 +30,8 @@ def cupy(monkeypatch):
 
 
 def forget():
-    for cache in (arrays._cupy_on, launch._stream, run._conv_launches, run._bias_grad_launches, run._bias_launches):
+    made = (run._conv_launches, run._pool_launches, run._bias_grad_launches, run._bias_launches)
+    for cache in (arrays._cupy_on, launch._stream, *made):
         cache.cache_clear()
 
 
@@ -199,14 +200,85 @@ def test_sums_in_several_parts_use_the_workspace_that_was_declared(cupy):
     x, w = whole("x", shape=(1, 1, 100, 100)), np.ones((1, 1, 1, 1), np.float32)
     geometry = fastconv.ConvGeometry.create(x.shape, w.shape)
     inner = geometry.lifted("channels_first", geometry.dtype)
-    assert direct.workspace(inner, "weight_grad", 0)["parts"].shape == (5, 1, 1, 1, 1, 1)
+    assert direct.workspace(inner, "weight_grad", 0)["parts"].shape == (40, 1, 1, 1, 1, 1)
     got = fastconv.conv2d_backward(*map(cupy.asarray, (x, x, w)), needs=("weight", "bias"))
     assert got.weight.host.item() == (x * x).sum()
     assert got.bias.host.item() == x.sum()
     assert [name for name, _ in cupy.driver.launches] == [
-        "direct_weight_grad_float32_first_32", "add_parts_float32_32", "bias_gradient_float32_first_32",
-        "add_parts_float32_32",
+        "direct_weight_grad_float32_first_32", "sums_add_parts_float32_32", "bias_add_pixels_float32_4",
+        "sums_add_parts_float32_32",
     ]  # fmt: skip
+
+
+# --- pools -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("memory", ["channels_first", "channels_last", "first over last"])
+def test_pools_and_their_gradients(cupy, memory, dtype):
+    data_format = "channels_last" if memory == "channels_last" else "channels_first"
+    axes = (0, 2, 3, 1)
+
+    def put(array):
+        if memory == "channels_first":
+            return cupy.asarray(array)
+        held = cupy.asarray(np.ascontiguousarray(np.transpose(array, axes)))
+        return held if memory == "channels_last" else cupy.moveaxis(held, -1, 1)
+
+    def back(found):
+        return np.moveaxis(found.host, -1, 1) if memory == "channels_last" else found.host
+
+    x = whole("x", shape=(2, 4, 7, 8), dtype=dtype)
+    how = {"kernel_size": (3, 2), "stride": 2, "padding": 1}
+    y, where = reference.max_pool(x, **how)
+    g = whole("g", shape=y.shape, dtype=dtype)
+    got, indices = fastconv.max_pool2d(put(x), **how, return_indices=True, data_format=data_format)
+    assert np.array_equal(back(got), y.astype(dtype))
+    assert np.array_equal(back(indices), where)
+    assert np.array_equal(back(fastconv.max_pool2d(put(x), **how, data_format=data_format)), y.astype(dtype))
+    if memory == "first over last":
+        assert np.moveaxis(got.host, 1, -1).flags.c_contiguous
+    shape = x.shape if memory != "channels_last" else tuple(x.shape[a] for a in axes)
+    dx = fastconv.max_pool2d_backward(put(g), put(where), shape, data_format=data_format)
+    assert np.array_equal(back(dx), reference.max_pool_backward(g, where, x.shape).astype(dtype))
+
+    y, where = reference.max_pool(x, 2)
+    y = y.astype(dtype)
+    up = fastconv.max_unpool2d(put(y), put(where), 2, output_size=(7, 8), data_format=data_format)
+    assert np.array_equal(back(up), reference.max_unpool(y, where, (7, 8)).astype(dtype))
+    down = fastconv.max_unpool2d_backward(put(x), put(where), data_format=data_format)
+    assert np.array_equal(
+        back(down), np.take_along_axis(x.reshape(2, 4, -1), where.reshape(2, 4, -1), -1).reshape(y.shape)
+    )
+
+    y = reference.avg_pool(x, **how, count_include_pad=False)
+    g = whole("g", shape=y.shape, dtype=dtype)
+    how_last = {**how, "count_include_pad": False, "data_format": data_format}
+    assert_close(back(fastconv.avg_pool2d(put(x), **how_last)), y, reduction_length=6)
+    dx = fastconv.avg_pool2d_backward(put(g), shape, **how_last)
+    assert_close(back(dx), reference.avg_pool_backward(g, x.shape, **how, count_include_pad=False), reduction_length=6)
+    got = fastconv.adaptive_max_pool2d(put(x), (3, 1), data_format=data_format)
+    assert np.array_equal(back(got), reference.adaptive_max_pool(x, (3, 1))[0].astype(dtype))
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_gradient_of_a_norm(cupy, power, dtype):
+    x = normal("x", shape=(2, 3, 6, 7), dtype=dtype)
+    x[0, 0] = 0
+    how = {"kernel_size": 3, "stride": 2, "ceil_mode": True}
+    y = fastconv.lp_pool2d(x, power, **how)
+    g = normal("g", shape=y.shape, dtype=dtype)
+    assert_close(fastconv.lp_pool2d(cupy.asarray(x), power, **how).host, y, reduction_length=9)
+    got = fastconv.lp_pool2d_backward(cupy.asarray(g), cupy.asarray(x), power, **how).host
+    assert_close(got, fastconv.lp_pool2d_backward(g, x, power, **how), reduction_length=9)
+
+
+def test_an_index_outside_the_plane_counts_for_nothing(cupy):
+    g, where = whole("g", shape=(1, 1, 2, 2)), np.array([[[[0, 16], [-1, 2**40]]]])
+    dx = fastconv.max_pool2d_backward(cupy.asarray(g), cupy.asarray(where), (1, 1, 4, 4)).host
+    assert dx[0, 0, 0, 0] == g[0, 0, 0, 0]
+    assert np.count_nonzero(dx) == np.count_nonzero(g[0, 0, 0, 0])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
@@ -214,14 +286,10 @@ def test_sums_in_several_parts_use_the_workspace_that_was_declared(cupy):
 
 def test_what_has_no_kernels_says_so(cupy):
     x = cupy.asarray(np.zeros((1, 2, 4, 4), np.float32))
-    calls = {
-        "max_pool": lambda: fastconv.max_pool2d(x, 2),
-        "avg_pool": lambda: fastconv.avg_pool2d(x, 2),
-        "unfold": lambda: fastconv.unfold(x, 2),
-    }
-    for name, call in calls.items():
-        with pytest.raises(fastconv.UnsupportedError, match=f"{name} has no CUDA kernels yet"):
-            call()
+    with pytest.raises(fastconv.UnsupportedError, match="unfold has no CUDA kernels yet"):
+        fastconv.unfold(x, 2)
+    with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU max_pool pools float32, .*, not int32"):
+        fastconv.max_pool2d(cupy.asarray(np.zeros((1, 2, 4, 4), np.int32)), 2)
     small = cupy.asarray(np.zeros((1, 2, 4, 4), np.int8))
     with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU it computes float32, .*, not int32"):
         fastconv.conv2d(small, small)
