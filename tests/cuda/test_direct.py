@@ -82,7 +82,7 @@ def test_the_order_of_threads_does_not_matter(data_format, seed):
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_long_sums_are_chains_and_parts(data_format, monkeypatch):
     for module in (direct, sums):
-        monkeypatch.setattr(module, "CHAIN", 16)
+        monkeypatch.setattr(module, "CHAIN", 2)
     problem = conv_problem(ConvCase("long", (2, 7, 1, 9, 11), (2, 7, 1, 2, 2)), np.float32, whole)
     g = problem.geometry().lifted(data_format, problem.dtype)
     assert direct.workspace(g, "weight_grad", 0, THREADS)["parts"].shape[0] > 1
