@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from . import blocks, config
+from . import blocks, calls, config
 from .errors import ArgumentTypeError, DTypeError, MissingDependencyError, UnsupportedError
 
 HALF = ("float16", "bfloat16")
@@ -24,6 +24,8 @@ FLOATING = ("float32", "float64", *HALF)
 INTEGER8 = ("int8", "uint8")
 # Elements from which an array lies in a block of memory that is used again.
 LARGE = 1 << 15
+# What kernels of a GPU take for granted of an address: their widest access.
+ALIGNMENT = 16
 
 
 class NumpyArrays:
@@ -198,6 +200,16 @@ class DeviceLibrary:
         """Return a context in which this GPU is the current one."""
         raise NotImplementedError
 
+    def is_current(self) -> bool:
+        """Return whether this GPU is the current one."""
+        raise NotImplementedError
+
+    def likeness(self, held: Any) -> Any:
+        """Return what is equal for arrays that kernels cannot tell apart, None for one they do not take as it is."""
+        if not self.is_contiguous(held) or self.address_of(held) % ALIGNMENT:
+            return None
+        return self, tuple(held.shape), held.dtype
+
     def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
         """Return fresh memory."""
         raise NotImplementedError
@@ -255,6 +267,9 @@ class _CupyOnDevice(DeviceLibrary):
     def current(self) -> Any:
         return self._cupy.cuda.Device(self.index)
 
+    def is_current(self) -> bool:
+        return self._cupy.cuda.runtime.getDevice() == self.index
+
     def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
         return self._cupy.empty(dimensions, dtype)
 
@@ -302,6 +317,15 @@ class _TorchOnDevice(DeviceLibrary):
     def current(self) -> Any:
         return self._torch.cuda.device(self.index)
 
+    def is_current(self) -> bool:
+        return self._torch.cuda.current_device() == self.index
+
+    def likeness(self, held: Any) -> Any:
+        # Tensors that record what is done to them go the long way, where they are refused.
+        if held.requires_grad or held.is_neg() or held.is_conj():
+            return None
+        return super().likeness(held)
+
     def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
         return self._torch.empty(dimensions, dtype=getattr(self._torch, dtype.name), device=f"cuda:{self.index}")
 
@@ -334,9 +358,29 @@ class _TorchOnDevice(DeviceLibrary):
         return self._torch.cuda.current_stream(self.index).cuda_stream
 
 
-# One object for each library and GPU: arrays are of one library if it is the same.
-_cupy_on = lru_cache(maxsize=None)(_CupyOnDevice)
-_torch_on = lru_cache(maxsize=None)(_TorchOnDevice)
+@cache
+def _cupy_on(index: int) -> _CupyOnDevice:
+    """Return the one object for CuPy on a GPU: arrays are of one library if it is the same."""
+    # From now on calls with such arrays are told apart.
+    calls.readers[sys.modules["cupy"].ndarray] = _cupy_likeness
+    return _CupyOnDevice(index)
+
+
+@cache
+def _torch_on(index: int) -> _TorchOnDevice:
+    """Return the one object for PyTorch on a GPU."""
+    torch = sys.modules["torch"]
+    for kind in (torch.Tensor, torch.nn.Parameter):
+        calls.readers[kind] = _torch_likeness
+    return _TorchOnDevice(index)
+
+
+def _cupy_likeness(array: Any) -> Any:
+    return _cupy_on(array.device.id).likeness(array)
+
+
+def _torch_likeness(tensor: Any) -> Any:
+    return _torch_on(tensor.device.index).likeness(tensor) if tensor.device.type == "cuda" else None
 
 
 class CupyArrays:

@@ -11,25 +11,22 @@ All arrays are `arrays.DeviceArray`s with a batch, in the format of the geometry
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import DeviceArray, DeviceLibrary
+from .. import config
+from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, library_of
 from ..errors import ArgumentError, UnsupportedError
 from ..geometry import ConvGeometry, PoolGeometry
 from ..registry import Buffer, workspace_bytes
-from . import launch, padding, pool
+from . import bias, launch, padding, pool
 from .compile import compile_kernel
 from .elements import SUPPORTED, Element
 from .steps import Step
-
-# What kernels may take for granted of an address: their widest access.
-ALIGNMENT = 16
-
 
 # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -101,12 +98,16 @@ def launched(launches: Iterable[Launch], addresses: Mapping[str, int], stream: i
 
 @lru_cache(maxsize=1024)
 def _conv_launches(
-    algorithm: Any, geometry: ConvGeometry, direction: str, activation: str | None, bias: bool, library: DeviceLibrary,
+    algorithm: Any, g: ConvGeometry, direction: str, activation: str | None, has_bias: bool, library: DeviceLibrary,
     limit: int,
 ) -> list[Launch]:  # fmt: skip
-    """Return the launches of a convolution on a library's GPU, which is the current one."""
-    made = algorithm.implementation.steps(geometry, direction, activation, bias, library.device, limit)
-    return ready(made, library.device)
+    module = algorithm.implementation
+    if direction in getattr(module, "FUSED", ("forward",)) or not (has_bias or activation):
+        return ready(module.steps(g, direction, activation, has_bias, library.device, limit), library.device)
+    channels, shape = (g.out_channels, g.output_shape) if direction == "forward" else (g.in_channels, g.x_shape)
+    pixels = math.prod(shape) // (g.batch * channels) if g.data_format == "channels_first" else 1
+    ending = bias.apply_steps(math.prod(shape), channels, pixels, g.dtype, activation, has_bias)
+    return ready([*module.steps(g, direction, None, False, library.device, limit), *ending], library.device)
 
 
 def _run(
@@ -213,8 +214,6 @@ def bias_grad(grad_output: DeviceArray, data_format: str) -> DeviceArray:
 def _bias_grad_launches(
     N: int, K: int, L: int, stored: str, dtype: np.dtype, library: DeviceLibrary
 ) -> tuple[list[Launch], dict[str, Buffer]]:
-    from . import bias
-
     return ready(bias.steps(N, K, L, stored, dtype), library.device), bias.workspace(N, K, L, stored, dtype)
 
 
@@ -249,46 +248,112 @@ def _compute(
     """Write what an algorithm computes to `out`, through bias and activation."""
     result, bias = arrays["out"], arrays.get("bias")
     assert result is not None, "somebody wants the result"
-    fused = direction in getattr(choice.algorithm.implementation, "FUSED", ("forward",))
-    how = (activation, bias is not None) if fused else (None, False)
+    launches = _launches(choice, direction, activation, bias is not None, library)
+    _run(launches, library, arrays, choice.buffers)
+
+
+def _launches(
+    choice: Any, direction: str, activation: str | None, has_bias: bool, library: DeviceLibrary
+) -> list[Launch]:
+    """Return the launches of a convolution through bias and activation; the library's GPU is the current one."""
     # What was stated is as much as is used.
     limit = workspace_bytes(choice.buffers)
-    launches = _conv_launches(choice.algorithm, choice.geometry, direction, *how, library, limit)
-    _run(launches, library, arrays, choice.buffers)
-    if not fused and (bias is not None or activation is not None):
-        g = choice.geometry
-        channels = g.out_channels if direction == "forward" else g.in_channels
-        pixels = result.size // (g.batch * channels) if g.data_format == "channels_first" else 1
-        ending = _bias_launches(result.size, channels, pixels, g.dtype, activation, bias is not None, library)
-        _run(ending, library, {"out": result, "bias": bias})
-
-
-@lru_cache(maxsize=256)
-def _bias_launches(
-    size: int, channels: int, pixels: int, dtype: np.dtype, activation: str | None, has_bias: bool, library: Any
-) -> list[Launch]:
-    from . import bias
-
-    return ready(bias.apply_steps(size, channels, pixels, dtype, activation, has_bias), library.device)
+    return _conv_launches(choice.algorithm, choice.geometry, direction, activation, has_bias, library, limit)
 
 
 # --- prepared calls --------------------------------------------------------------------------------------------
+#
+# What `calls` keeps of a call whose arrays lie as kernels want them: compiled, loaded, and a list of addresses away.
+
+Prepared = Callable[..., Any]
 
 
-def prepared_forward(choice: Any, geometry: ConvGeometry, activation: str | None) -> None:
-    """Calls of GPU arrays all go the long way: what is kept for them is what was compiled and loaded."""
+def _prepared(
+    make: Callable[..., tuple[list[Launch], Mapping[str, Buffer]]], names: Sequence[str], **results: Any
+) -> Prepared | None:
+    """Return a function of a library's arrays of these names that is a whole call; `make` is called at the first.
+
+    `make` gets the library and the arrays; results are (shape, dtype) by name. The function returns the results, one
+    or a tuple, and None if another GPU is the current one.
+    """
+    if config.get("poison"):
+        return None
+    known: list[Prepared] = []
+
+    def run(*given: Any) -> Any:
+        if not known:
+            library: Any = library_of(names[0], given[0])
+            with library.current():
+                launches, buffers = make(library, *given)
+            known.append(_bound(library, launches, names, results, buffers))
+        return known[0](*given)
+
+    return run
 
 
-def prepared_input_grad(choice: Any, geometry: ConvGeometry) -> None:
-    """None, as for :func:`prepared_forward`."""
+def _bound(
+    library: DeviceLibrary, launches: list[Launch], names: Sequence[str], results: Mapping[str, Any],
+    buffers: Mapping[str, Buffer],
+) -> Prepared:  # fmt: skip
+    """Return the function that makes results and workspace, and launches."""
+    made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
+    places = {name: i for i, name in enumerate((*names, *made))}
+    # One place more, of the null pointer that stands for arrays that are not there.
+    wanted = [(launcher, [places.get(name, len(places)) for name in own]) for launcher, own in launches]
+    new, address_of, count, memory = library.new, library.address_of, len(results), [*made.values()]
+
+    def run(*given: Any) -> Any:
+        if not library.is_current():
+            return None
+        fresh = [new(shape, dtype) for shape, dtype in memory]
+        addresses = [0 if array is None else address_of(array) for array in (*given, *fresh)]
+        addresses.append(0)
+        on = launch.stream(library.stream())
+        for launcher, own in wanted:
+            launcher(on, *[addresses[i] for i in own])
+        return fresh[0] if count == 1 else tuple(fresh[:count])
+
+    return run
 
 
-def prepared_weight_grad(choice: Any, geometry: ConvGeometry) -> None:
-    """None, as for :func:`prepared_forward`."""
+def prepared_forward(choice: Any, geometry: ConvGeometry, activation: str | None) -> Prepared | None:
+    """Return a function of (x, weight, bias) that is a whole forward call, as `calls` keeps it, or None."""
+    return _prepared_conv(choice, geometry, "forward", ("x", "weight", "bias"), geometry.output_shape, activation)
 
 
-def prepared_bias_grad(geometry: ConvGeometry) -> None:
-    """None, as for :func:`prepared_forward`."""
+def prepared_input_grad(choice: Any, geometry: ConvGeometry) -> Prepared | None:
+    """Return a function of (grad_output, weight) for the gradient with respect to the input, or None."""
+    return _prepared_conv(choice, geometry, "input_grad", ("grad_output", "weight"), geometry.x_shape)
+
+
+def prepared_weight_grad(choice: Any, geometry: ConvGeometry) -> Prepared | None:
+    """Return a function of (grad_output, x) for the gradient with respect to the weight, or None."""
+    return _prepared_conv(choice, geometry, "weight_grad", ("grad_output", "x"), geometry.weight_shape)
+
+
+def _prepared_conv(
+    choice: Any, geometry: ConvGeometry, direction: str, names: Sequence[str], shape: tuple[int, ...],
+    activation: str | None = None,
+) -> Prepared | None:  # fmt: skip
+    if geometry.padding_mode != "zeros" or geometry.is_empty:
+        return None
+
+    def make(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
+        has_bias = len(given) > 2 and given[2] is not None
+        return _launches(choice, direction, activation, has_bias, library), choice.buffers
+
+    return _prepared(make, names, out=(shape, geometry.dtype))
+
+
+def prepared_bias_grad(geometry: ConvGeometry) -> Prepared | None:
+    """Return a function of grad_output for the gradient with respect to the bias, or None."""
+    g = geometry
+    sizes = g.batch, g.out_channels, math.prod(g.output_size), g.data_format, g.dtype
+
+    def make(library: DeviceLibrary, grad_output: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
+        return _bias_grad_launches(*sizes, library)
+
+    return None if g.is_empty else _prepared(make, ("grad_output",), out=((g.out_channels,), g.dtype))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -433,7 +498,7 @@ def _scattered(
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
         out = library.empty(_shape(stored, batch, channels, spatial), values.dtype)
-        shape, size = _planes(source, stored), _planes(out, stored)[1:4]
+        shape, size = _planes(source.shape, stored), _planes(out.shape, stored)[1:4]
         launches = _pool_launches(pool.scatter, library, shape, size, values.dtype, latest)
         buffers = pool.scatter_workspace(shape, size)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out}, buffers)
@@ -465,36 +530,71 @@ def max_unpool_backward(
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (grad_output, indices))
         out = library.empty(_shape(stored, batch, channels, input_size), grad_output.dtype)
-        outer, *windows, inner = _planes(out, stored)
-        size = math.prod(_planes(source, stored)[1:4])
+        outer, *windows, inner = _planes(out.shape, stored)
+        size = math.prod(_planes(source.shape, stored)[1:4])
         launches = _pool_launches(pool.gather, library, (outer, math.prod(windows), inner), size, grad_output.dtype)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out})
         return _moved(out, stored, data_format), True
 
 
-def _planes(array: DeviceArray, stored: str) -> tuple[int, ...]:
+def _planes(shape: tuple[int, ...], stored: str) -> tuple[int, ...]:
     """Return the shape of an array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
-    N, C, *spatial = array.shape
+    N, C, *spatial = shape
     if stored == "channels_last":
-        *spatial, C = array.shape[1:]
+        *spatial, C = shape[1:]
     spatial = [1] * (3 - len(spatial)) + list(spatial)
     return (N * C, *spatial, 1) if stored == "channels_first" else (N, *spatial, C)
 
 
-def prepared_max_pool(geometry: PoolGeometry, dtype: np.dtype, return_indices: bool) -> None:
-    """None, as for :func:`prepared_forward`."""
+def _prepared_pool(
+    make: Callable[..., list[Step]], geometry: PoolGeometry, dtype: np.dtype, *arguments: Any,
+    backward: bool = False, indices: bool = False,
+) -> Prepared | None:  # fmt: skip
+    """Return a function of one array that is a whole call, as `calls` keeps it, or None."""
+    if dtype.name not in SUPPORTED:
+        return None
+
+    def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
+        return _pool_launches(make, library, geometry, dtype, *arguments), {}
+
+    results = {"out": (geometry.x_shape if backward else geometry.output_shape, dtype)}
+    if indices:
+        results["indices"] = (geometry.output_shape, np.dtype(np.int64))
+    return _prepared(launches, ("grad_output" if backward else "x",), **results)
 
 
-def prepared_max_pool_backward(grad_output: Any, indices: Any, input_shape: Any, data_format: str) -> None:
-    """None, as for :func:`prepared_forward`."""
+def prepared_max_pool(geometry: PoolGeometry, dtype: np.dtype, return_indices: bool) -> Prepared | None:
+    """Return a function of x that is a whole call, as `calls` keeps it, or None."""
+    return _prepared_pool(pool.max_pool, geometry, dtype, return_indices, indices=return_indices)
 
 
-def prepared_avg_pool(geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int) -> None:
-    """None, as for :func:`prepared_forward`."""
+def prepared_avg_pool(
+    geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int
+) -> Prepared | None:
+    """Return a function of x that is a whole call, as `calls` keeps it, or None."""
+    return _prepared_pool(pool.avg_pool, geometry, dtype, count_include_pad, divisor)
 
 
-def prepared_avg_pool_backward(geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int) -> None:
-    """None, as for :func:`prepared_forward`."""
+def prepared_avg_pool_backward(
+    geometry: PoolGeometry, dtype: np.dtype, count_include_pad: bool, divisor: int
+) -> Prepared | None:
+    """Return a function of grad_output that is a whole call, as `calls` keeps it, or None."""
+    return _prepared_pool(pool.avg_pool_grad, geometry, dtype, count_include_pad, divisor, backward=True)
+
+
+def prepared_max_pool_backward(
+    grad_output: DeviceArray, indices: DeviceArray, input_shape: tuple[int, ...], data_format: str
+) -> Prepared | None:
+    """Return a function of (grad_output, indices) that is a whole call, or None; the arrays have a batch."""
+    dtype, shape = grad_output.dtype, _planes(grad_output.shape, data_format)
+    size = _planes((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
+    if dtype.name not in SUPPORTED:
+        return None
+
+    def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
+        return _pool_launches(pool.scatter, library, shape, size, dtype, False), pool.scatter_workspace(shape, size)
+
+    return _prepared(launches, ("grad_output", "indices"), out=(input_shape, dtype))
 
 
 # --- not there yet ---------------------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ class Cupy:
     def __init__(self) -> None:
         self.memory, self.stream = Memory(), 0
         self.cuda = SimpleNamespace(
-            Device=lambda index: contextlib.nullcontext(), get_current_stream=lambda: SimpleNamespace(ptr=self.stream)
+            Device=lambda index: contextlib.nullcontext(),
+            get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+            runtime=SimpleNamespace(getDevice=lambda: 0),
         )
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> ndarray:

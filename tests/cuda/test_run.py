@@ -10,7 +10,7 @@ import pytest
 from support import normal, whole
 
 import fastconv
-from fastconv import arrays, reference, registry
+from fastconv import arrays, calls, reference, registry
 from fastconv.cuda import direct, launch, run
 from fastconv.cuda.steps import Step
 from fastconv.testing import assert_close
@@ -30,7 +30,8 @@ def cupy(monkeypatch):
 
 
 def forget():
-    made = (run._conv_launches, run._pool_launches, run._bias_grad_launches, run._bias_launches)
+    calls.known.clear()
+    made = (run._conv_launches, run._pool_launches, run._bias_grad_launches)
     for cache in (arrays._cupy_on, launch._stream, *made):
         cache.cache_clear()
 
@@ -208,6 +209,48 @@ def test_sums_in_several_parts_use_the_workspace_that_was_declared(cupy):
         "direct_weight_grad_float32_first_32", "sums_add_parts_float32_32", "bias_add_pixels_float32_4",
         "sums_add_parts_float32_32",
     ]  # fmt: skip
+
+
+def test_the_second_call_of_its_kind_takes_the_short_way(cupy, monkeypatch):
+    x, w, b = operands()
+    given = [cupy.asarray(a) for a in (x, w, b)]
+    y = reference.conv(x, w, b, **HOW)
+    g = whole("g", shape=y.shape)
+    pooled, where = reference.max_pool(x, 2)
+    pools = {
+        "max": lambda: fastconv.max_pool2d(given[0], 2, return_indices=True)[0],
+        "average": lambda: fastconv.avg_pool2d(given[0], 2),
+        "max gradient": lambda: fastconv.max_pool2d_backward(cupy.asarray(pooled), cupy.asarray(where), X),
+        "average gradient": lambda: fastconv.avg_pool2d_backward(cupy.asarray(pooled), X, 2),
+    }
+    expected = {
+        "max": pooled, "average": reference.avg_pool(x, 2),
+        "max gradient": reference.max_pool_backward(pooled, where, X),
+        "average gradient": reference.avg_pool_backward(pooled, X, 2),
+    }  # fmt: skip
+
+    def check():
+        for bias in (given[2], None):
+            got = fastconv.conv2d(given[0], given[1], bias, **HOW).host
+            assert np.array_equal(got, y if bias is not None else reference.conv(x, w, **HOW))
+        for found, wanted in zip(
+            fastconv.conv2d_backward(cupy.asarray(g), *given[:2], **HOW), reference.conv_backward(g, x, w, **HOW)
+        ):
+            assert np.array_equal(found.host, wanted)
+        for name, call in pools.items():
+            assert_close(call().host, expected[name], reduction_length=4)
+
+    check()
+
+    def long_way(*arguments, **named):
+        raise AssertionError("it should know the call")
+
+    monkeypatch.setattr(arrays, "adopt", long_way)
+    check()
+    with pytest.raises(AssertionError, match="it should know the call"):
+        fastconv.conv2d(cupy.asarray(x, offset=4), *given[1:], **HOW)
+    with pytest.raises(AssertionError, match="it should know the call"):
+        fastconv.conv2d(cupy.moveaxis(cupy.asarray(last(x)), -1, 1), *given[1:], **HOW)
 
 
 # --- pools -----------------------------------------------------------------------------------------------------
