@@ -30,6 +30,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from typing import Any
 
 from .errors import ArgumentError, ArgumentTypeError
@@ -212,8 +213,12 @@ class _ConfigModule(types.ModuleType):
         if name in DEFAULTS:
             _assigned[name] = _checked(name, value)
             changed()
-        else:
+        elif name in self.__dict__ or name.startswith("__"):
             super().__setattr__(name, value)
+        else:
+            near = get_close_matches(name, DEFAULTS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(DEFAULTS)}"
+            raise AttributeError(f"there is no option {name!r}{hint}")
 
     def __delattr__(self, name: str) -> None:
         if name in DEFAULTS:

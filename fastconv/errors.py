@@ -6,6 +6,8 @@ Python user would expect: a wrong shape is a ValueError, a wrong dtype a TypeErr
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FastconvError(Exception):
     """Base of all errors raised by fastconv."""
@@ -48,3 +50,15 @@ class WorkspaceLimitError(FastconvError, MemoryError):
 
 class MissingDependencyError(FastconvError, ImportError):
     """An optional library is not installed; the message names the extra that brings it."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: an array by its shape, and nothing that fills the screen.
+
+    >>> shown(3), shown(range(1000)), shown("x" * 500)[-3:]
+    ('3', 'range(0, 1000)', '...')
+    """
+    if len(getattr(value, "shape", ())) > 1:
+        return f"an array of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArgumentError, ArgumentTypeError, ShapeError
+from .errors import ArgumentError, ArgumentTypeError, ShapeError, shown
 
 Sizes = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
@@ -42,22 +42,22 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     if isinstance(value, str):
         if value in allowed:
             return value
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    raise ArgumentTypeError(f"{name} must be a string, one of {', '.join(map(repr, allowed))}, not {value!r}")
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {shown(value)}")
+    raise ArgumentTypeError(f"{name} must be a string, one of {', '.join(map(repr, allowed))}, not {shown(value)}")
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
     """Return `value` as an int of at least `minimum`; a bool, float or string is refused."""
     if isinstance(value, (bool, np.bool_, np.ndarray)):
-        raise ArgumentTypeError(f"{name} must be an integer, not {value!r}")
+        raise ArgumentTypeError(f"{name} must be an integer, not {shown(value)}")
     try:
         number = index(value)
     except TypeError:
-        raise ArgumentTypeError(f"{name} must be an integer, not {value!r}") from None
+        raise ArgumentTypeError(f"{name} must be an integer, not {shown(value)}") from None
     if number < minimum:
-        raise ArgumentError(f"{name} must be at least {minimum}, not {value!r}")
+        raise ArgumentError(f"{name} must be at least {minimum}, not {shown(value)}")
     if number > _MAX_BYTES:
-        raise ArgumentError(f"{name} must be below 2**63, not {value!r}")
+        raise ArgumentError(f"{name} must be below 2**63, not {shown(value)}")
     return number
 
 
@@ -65,7 +65,7 @@ def flag(name: str, value: Any) -> bool:
     """Return `value` if it is a bool."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise ArgumentTypeError(f"{name} must be True or False, not {value!r}")
+    raise ArgumentTypeError(f"{name} must be True or False, not {shown(value)}")
 
 
 def sizes(name: str, value: Any, dims: int, minimum: int, one_for_all: bool = True) -> Sizes:
@@ -77,19 +77,19 @@ def sizes(name: str, value: Any, dims: int, minimum: int, one_for_all: bool = Tr
         return (value,) * dims
     if _is_sequence(value):
         if len(value) != dims and not (len(value) == 1 and one_for_all):
-            raise ArgumentError(f"{name} must be an integer or {dims} integers, not {value!r}")
+            raise ArgumentError(f"{name} must be an integer or {dims} integers, not {shown(value)}")
         checked = tuple(integer(name, element, minimum) for element in value)
         return checked * dims if len(checked) == 1 else checked
     try:
         return (integer(name, value, minimum),) * dims
     except ArgumentTypeError:
-        raise ArgumentTypeError(f"{name} must be an integer or {dims} integers, not {value!r}") from None
+        raise ArgumentTypeError(f"{name} must be an integer or {dims} integers, not {shown(value)}") from None
 
 
 def shape(name: str, value: Any) -> Sizes:
     """Return a sequence of non-negative ints as a tuple."""
     if not _is_sequence(value):
-        raise ArgumentTypeError(f"{name} must be a sequence of integers, not {value!r}")
+        raise ArgumentTypeError(f"{name} must be a sequence of integers, not {shown(value)}")
     return tuple(integer(name, element, 0) for element in value)
 
 
@@ -103,14 +103,14 @@ def padding_form(padding: Any, dims: int, one_for_all: bool = True) -> str | Siz
         return one_of("padding", padding, PADDING_WORDS)
     if _is_sequence(padding) and len(padding) and all(_is_sequence(pair) for pair in padding):
         if len(padding) != dims or any(len(pair) != 2 for pair in padding):
-            raise ArgumentError(f"padding must have {dims} (before, after) pairs, not {padding!r}")
+            raise ArgumentError(f"padding must have {dims} (before, after) pairs, not {shown(padding)}")
         return tuple((integer("padding", b, 0), integer("padding", a, 0)) for b, a in padding)
     try:
         return sizes("padding", padding, dims, 0, one_for_all)
     except ArgumentTypeError:
         raise ArgumentTypeError(
             f"padding must be an integer, {dims} integers, {dims} (before, after) pairs or one of "
-            f"{', '.join(map(repr, PADDING_WORDS))}, not {padding!r}"
+            f"{', '.join(map(repr, PADDING_WORDS))}, not {shown(padding)}"
         ) from None
 
 
@@ -425,8 +425,8 @@ def _conv_geometry(
         raise ShapeError(f"groups={groups} does not divide the {filters} filters of weight of shape {weight_shape}")
     if channels != weight_shape[1] * groups:
         raise ShapeError(
-            f"{name} of shape {x_shape} has {channels} channels, but weight of shape {weight_shape} with "
-            f"groups={groups} expects {weight_shape[1] * groups}"
+            f"{name} of shape {x_shape} with data_format={data_format!r} has {channels} channels, but weight of shape "
+            f"{weight_shape} with groups={groups} expects {weight_shape[1] * groups}"
         )
     if batch and channels and not all(input_size):
         raise ShapeError(f"{name} must have at least one element in each spatial dimension, not shape {x_shape}")
@@ -471,8 +471,8 @@ def _transposed_geometry(
         raise ShapeError(f"groups={groups} does not divide the {channels} channels of x")
     if channels != weight_shape[0]:
         raise ShapeError(
-            f"x of shape {x_shape} has {channels} channels, but weight of shape {weight_shape} expects "
-            f"{weight_shape[0]}"
+            f"x of shape {x_shape} with data_format={data_format!r} has {channels} channels, but weight of shape "
+            f"{weight_shape} expects {weight_shape[0]}"
         )
     if batch and not all(input_size):
         raise ShapeError(f"x must have at least one element in each spatial dimension, not shape {x_shape}")
@@ -874,7 +874,7 @@ def unpool_output_size(
         if len(wanted) == dims + 2:
             wanted = wanted[2:] if data_format == "channels_first" else wanted[1:-1]
         if len(wanted) != dims:
-            raise ArgumentError(f"output_size must have {dims} sizes, not {output_size!r}")
+            raise ArgumentError(f"output_size must have {dims} sizes, not {shown(output_size)}")
         if any(not n - s < w < n + s for n, s, w in zip(default, step, wanted)):
             raise ArgumentError(
                 f"output_size must lie within a stride of {default}, exclusive: strides {step}, not {wanted}"

@@ -351,10 +351,11 @@ def _time(seconds: float | None) -> str:
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     for unit in units[:-1]:
-        if value < base:
+        # 999.5 would be shown as 1e+03.
+        if value < min(base, 999.5):
             return f"{value:.3g} {unit}"
         value /= base
-    return f"{value:.3g} {units[-1]}"
+    return f"{value:.3g} {units[-1]}" if value < 999.5 else f"{value:.0f} {units[-1]}"
 
 
 def _bytes(value: int) -> str:

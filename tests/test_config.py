@@ -178,3 +178,11 @@ def test_poison_fills_fresh_memory():
 
 def test_the_options_are_listed():
     assert set(config.DEFAULTS) <= set(dir(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("presicion", "did you mean 'precision'"), ("speed", "there are algorithm,")]
+)
+def test_an_option_that_does_not_exist_is_not_taken_for_one(name, hint):
+    with pytest.raises(AttributeError, match=f"there is no option '{name}'; {hint}"):
+        setattr(config, name, "high")

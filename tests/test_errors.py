@@ -73,3 +73,17 @@ def test_every_public_name_is_there():
     for name in fastconv.__all__:
         assert getattr(fastconv, name) is not None
         assert name in dir(fastconv)
+
+
+def test_arrays_in_the_wrong_place_are_shown_by_their_shape():
+    x, w = np.ones((2, 3, 8, 8), np.float32), np.ones((4, 3, 3, 3), np.float32)
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"x_shape must be .*, not an array of shape \(2, 3, 8, 8\)$"):
+        fastconv.plan_conv2d(x, w)
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"stride must be .*, not an array of shape \(4, 3, 3, 3\)$"):
+        fastconv.conv2d(x, w, stride=w)
+
+
+def test_the_wrong_memory_format_is_named():
+    x, w = np.ones((2, 3, 8, 8), np.float32), np.ones((4, 3, 3, 3), np.float32)
+    with pytest.raises(fastconv.ShapeError, match="with data_format='channels_last' has 8 channels, but weight of"):
+        fastconv.conv2d(x, w, data_format="channels_last")

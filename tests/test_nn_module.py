@@ -457,3 +457,10 @@ def test_a_module_of_ones_own_has_members_parameters_and_buffers():
     assert int(model.state_dict()["calls"]) > 1
     assert model.float().factor.data.dtype == np.float32
     assert model.calls.dtype == np.int64
+
+
+def test_names_that_nobody_knows_are_refused_where_the_layer_is_made():
+    with pytest.raises(fastconv.ArgumentError, match=r"algorithm must be one of 'auto', .*, not 'gemm'"):
+        nn.Conv2d(3, 4, 3, algorithm="gemm")
+    with pytest.raises(fastconv.ArgumentError, match=r"precision must be one of 'highest', .*, not 'tf32'"):
+        nn.ConvTranspose2d(3, 4, 3, precision="tf32")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import calls
+from .. import calls, registry
+from ..config import PRECISIONS
 from ..errors import ArgumentError
 from ..geometry import (
     DATA_FORMATS,
@@ -100,7 +101,9 @@ class _Conv(Weighted):
         self.padding_mode = one_of("padding_mode", padding_mode, PADDING_MODES)
         self.data_format = one_of("data_format", data_format, DATA_FORMATS)
         self.activation = activations.check_name(activation)
-        self.algorithm, self.precision = algorithm, precision
+        # A name that nobody knows is refused here; what cannot be computed is found out where it runs.
+        registry.named(algorithm, "cpu")
+        self.algorithm, self.precision = algorithm, precision and one_of("precision", precision, PRECISIONS)
         if in_channels % groups or out_channels % groups:
             raise ArgumentError(
                 f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
