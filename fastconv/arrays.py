@@ -425,6 +425,21 @@ def _cupy_for(name: str, value: Any) -> Any:
         ) from None
 
 
+def gpu_library() -> DeviceLibrary:
+    """Return a library that allocates on the current GPU: CuPy, or else PyTorch; UnsupportedError if there is none."""
+    for name, on, current in (
+        ("cupy", _cupy_on, lambda module: module.cuda.runtime.getDevice()),
+        ("torch", _torch_on, lambda module: module.cuda.current_device() if module.cuda.is_available() else None),
+    ):
+        try:
+            index = current(import_module(name))
+        except ImportError:
+            continue
+        if index is not None:
+            return on(index)
+    raise UnsupportedError("work on a GPU needs CuPy or PyTorch there: pip install 'fastconv[cuda13]' (or [cuda12])")
+
+
 def adopt(**named: Any) -> tuple[Library, list[Any]]:
     """Return the library that the arrays share and ndarrays over their memory; None stays None.
 

@@ -182,9 +182,8 @@ def _choose(
             choices.append(choice)
     if choices:
         entry = tuning.key(inner, geometry.dtype, direction, device, units, precision)
-        # What measures GPUs is not written yet: the prediction decides there.
-        if name == "tune" and len(choices) > 1 and device == "cpu":
-            tuning.tune(entry, geometry.dtype, direction, choices)
+        if name == "tune" and len(choices) > 1:
+            tuning.tune(entry, geometry.dtype, direction, choices, device)
         return _fastest(choices, tuning.times(entry), direction, units)
     if smallest is None:
         why = "; ".join(refusals) or f"there is no such algorithm on the {device} yet"

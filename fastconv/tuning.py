@@ -31,6 +31,7 @@ import numpy as np
 
 from . import config
 from ._version import __version__
+from .arrays import HALF
 from .geometry import ConvGeometry
 
 Entries = dict[str, dict[str, float]]
@@ -236,7 +237,7 @@ def _warn_once(message: str) -> None:
 # --- measuring -------------------------------------------------------------------------------------------------
 
 
-def tune(entry: str, dtype: np.dtype, direction: str, choices: Collection[Any]) -> None:
+def tune(entry: str, dtype: np.dtype, direction: str, choices: Collection[Any], device: str = "cpu") -> None:
     """Measure those of the choices that the entry lacks, and record them.
 
     Parameters
@@ -247,6 +248,7 @@ def tune(entry: str, dtype: np.dtype, direction: str, choices: Collection[Any]) 
         Of x: the geometry that an algorithm sees has only the one it computes in.
     choices : collection of selection.Choice
         Algorithms that may compute one and the same convolution.
+    device : "cpu" or "cuda"
     """
     with _turn:
         known, names = dict(times(entry)), {c.algorithm.name for c in choices}
@@ -256,45 +258,58 @@ def tune(entry: str, dtype: np.dtype, direction: str, choices: Collection[Any]) 
         known = {**_read().get(entry, {}), **known}
         missing = [c for c in choices if c.algorithm.name not in known]
         if missing:
-            operands = _operands(missing[0].geometry, dtype, direction)
-            known.update(_measure({c.algorithm.name: _call(c, direction, operands) for c in missing}))
+            arrays = operands(missing[0].geometry, dtype)
+            if device == "cpu":
+                calls = {c.algorithm.name: _timed(c, direction, arrays) for c in missing}
+            else:
+                from .cuda import measure
+
+                calls = measure.timed(missing, direction, arrays)
+            known.update(_measure(calls))
         record(entry, known)
 
 
-def _operands(geometry: ConvGeometry, dtype: np.dtype, direction: str) -> list[np.ndarray]:
-    """Return arrays as an algorithm takes them: two to read and one to write."""
+def operands(geometry: ConvGeometry, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Return "x", "weight" and "grad_output" of a lifted geometry as its algorithms take them."""
     g, rng = geometry, np.random.default_rng(0)
     x_dtype = dtype if g.dtype.kind in "iu" else g.dtype
-    arrays = {
+    return {
         "x": _random(rng, g.x_shape, x_dtype),
         "weight": _random(rng, g.weight_shape, g.dtype),
-        "y": _random(rng, g.output_shape, g.dtype),
+        "grad_output": _random(rng, g.output_shape, g.dtype),
     }
-    order = {"forward": ("x", "weight", "y"), "input_grad": ("y", "weight", "x"), "weight_grad": ("y", "x", "weight")}
-    return [arrays[name] for name in order[direction]]
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if dtype.kind in "iu":
         return rng.integers(0, 8, shape).astype(dtype)
+    if dtype.name in HALF:
+        return rng.standard_normal(shape, np.float32).astype(dtype)
     return rng.standard_normal(shape, dtype)
 
 
-def _call(choice: Any, direction: str, operands: list[np.ndarray]) -> Callable[[], None]:
+def _timed(choice: Any, direction: str, arrays: Mapping[str, np.ndarray]) -> Callable[[], float]:
+    """Return a function that computes and returns the seconds it took."""
     from .cpu.workspace import workspace
 
     run = getattr(choice.algorithm.implementation, direction)
-    first, second, out = operands
+    x, weight, y = arrays["x"], arrays["weight"], arrays["grad_output"]
+    first, second, like = {"forward": (x, weight, y), "input_grad": (y, weight, x), "weight_grad": (y, x, weight)}[
+        direction
+    ]
+    out = np.empty_like(like)
     middle = (None, None) if direction == "forward" else ()
 
-    def call() -> None:
+    def call() -> float:
+        start = perf_counter()
         with workspace(choice.buffers) as lent:
             run(choice.geometry, first, second, *middle, out, lent)
+        return perf_counter() - start
 
     return call
 
 
-def _measure(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+def _measure(calls: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     """Return seconds by name: the better of two medians, in turns, since other work on the machine comes and goes."""
     found = {name: _seconds(call) for name, call in calls.items()}
     for name, call in calls.items():
@@ -303,12 +318,10 @@ def _measure(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
     return found
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], float]) -> float:
     """Return the median time of a call that has run once: to compile, and to be warm."""
     call()
     found: list[float] = []
     while not found or (sum(found) < LONGEST and (len(found) < FEWEST or sum(found) < SHORTEST)):
-        start = perf_counter()
-        call()
-        found.append(perf_counter() - start)
+        found.append(call())
     return float(f"{max(median(found), 1e-9):.4g}")

@@ -75,6 +75,15 @@ class CoreDriver:
         """Launch."""
         self._core.launch(stream, configuration, kernel, *arguments)
 
+    def moment(self, stream: Any) -> Any:
+        """Return an event: when the stream has come so far."""
+        return stream.record(options=self._core.EventOptions(timing_enabled=True))
+
+    def elapsed(self, first: Any, last: Any) -> float:
+        """Wait for an event, and return the seconds from another to it."""
+        last.sync()
+        return (last - first) * 1e-3
+
 
 @lru_cache(maxsize=1)
 def driver() -> CoreDriver:

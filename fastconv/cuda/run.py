@@ -177,7 +177,7 @@ def conv_input_grad(
         if g.padding_mode == "zeros":
             return _computed(choice, "input_grad", g, stored, shape, operands, activation, out)
         padded = library.empty(shape, g.dtype)
-        _compute(choice, "input_grad", library, {**operands, "out": padded}, None)
+        compute(choice, "input_grad", library, {**operands, "out": padded}, None)
         folded = padding.fold_back(padded, g.padding, g.padding_mode, _first_axis(stored))
         return _given_back(folded, stored, g.data_format, out)
 
@@ -193,7 +193,7 @@ def conv_weight_grad(
             x = padding.pad(x, g.padding, g.padding_mode, _first_axis(stored))
         result = library.empty(g.weight_shape, g.dtype)
         operands = {"grad_output": _laid_out(grad_output, g.data_format, stored), "x": x, "out": result}
-        _compute(choice, "weight_grad", library, operands, None)
+        compute(choice, "weight_grad", library, operands, None)
         return result
 
 
@@ -232,13 +232,13 @@ def _computed(
     inside = None if out is None else _moved(out, geometry.data_format, stored)
     if inside is None or not _is_ready(inside) or any(_overlap(inside, a) for a in operands.values()):
         inside = library.empty(shape, geometry.dtype)
-        _compute(choice, direction, library, {**operands, "out": inside}, activation)
+        compute(choice, direction, library, {**operands, "out": inside}, activation)
         return _given_back(inside, stored, geometry.data_format, out)
-    _compute(choice, direction, library, {**operands, "out": inside}, activation)
+    compute(choice, direction, library, {**operands, "out": inside}, activation)
     return out  # type: ignore[return-value]
 
 
-def _compute(
+def compute(
     choice: Any,
     direction: str,
     library: DeviceLibrary,

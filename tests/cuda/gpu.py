@@ -135,6 +135,13 @@ class Driver:
     def stream(self, handle: int) -> Any:
         return handle
 
+    def moment(self, stream: int) -> int:
+        """Return the number of launches so far: that is the time of this GPU."""
+        return len(self.launches)
+
+    def elapsed(self, first: int, last: int) -> float:
+        return 1e-3 * (last - first)
+
     def launch(self, stream: int, configuration: Any, kernel: Any, arguments: Any) -> None:
         (function, signature), (grid, block, shared_bytes) = kernel, configuration
         self.launches.append((function.__name__, stream))
