@@ -44,14 +44,12 @@ WIDE, NARROW = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8)
 CHAINS = {2: 256, 4: 64}
 TILE_CHAINS = {2: 128, 4: 32}
 MOST_DEPTH = {2: 4096, 4: 1152}
-# Tiles of which one part of a weight gradient sums the products: chains of chains.
-PART_TILES = {2: 16384, 4: 1024}
-# Bytes of workspace in all, unless one tile of the product needs more; a GPU's cache holds as much.
-MOST_BYTES = 64 << 20
+# Bytes of workspace in all, unless one tile of the product needs more, and of them those of parts of sums.
+MOST_BYTES, MOST_PARTS_BYTES = 64 << 20, 16 << 20
 # Threads of a block of a transform.
 THREADS = 128
-# The most blocks of a grid's third dimension, and blocks that fill a GPU twice over.
-MOST_BLOCKS, ENOUGH_BLOCKS = 65535, 264
+# The most blocks of a grid's third dimension; blocks that fill a GPU, and the least steps that are worth one.
+MOST_BLOCKS, ENOUGH_BLOCKS, LEAST_STEPS = 65535, 264, 8
 # Share of the peak that products reach; not measured.
 SHARE = 0.7
 
@@ -126,7 +124,7 @@ class Winograd:
         limit: int = 1 << 30,
         tile: Tile | None = None,
     ) -> list[Step]:
-        """Return the launches of a direction; `limit` is what `workspace` was given, `tile` for tests to shrink."""
+        """Return the launches of a direction; `limit` is as for `workspace`, `tile` for tests to shrink."""
         launches = _Launches(geometry, direction, self.m, self._sizes(geometry, direction, limit, tile), architecture)
         slices = range(0, launches.sizes.problem.tile_count, launches.sizes.tiles)
         if direction == "weight_grad":
@@ -148,12 +146,14 @@ def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Tile | Non
     rows, inner = (tile.depth, tile.rows) if backward else (tile.rows, tile.depth)
     depth, targets = _up(p.depth, inner), _up(p.targets, tile.columns)
     matrices, parts = (m + 2) ** 2 * g.groups, 1
+    # Bytes of U or a part of the sums, and of a row of V and M.
+    product, row = 4 * matrices * depth * targets, 4 * matrices * (depth + targets)
     if backward:
         blocks = depth // tile.rows * (targets // tile.columns) * matrices
-        wanted = max(-(-ENOUGH_BLOCKS // blocks), -(-p.tile_count // PART_TILES[m]))
-        room = limit // 2 // (4 * matrices * depth * targets)
-        parts = max(min(wanted, p.tile_count // (8 * tile.depth), room, MOST_BLOCKS // matrices), 1)
-    room = (limit - 4 * matrices * parts * depth * targets) // (4 * matrices * (depth + targets))
+        room = min(MOST_PARTS_BYTES, limit - rows * row) // product
+        wanted = min(-(-ENOUGH_BLOCKS // blocks), p.tile_count // (LEAST_STEPS * tile.depth))
+        parts = max(min(wanted, room, MOST_BLOCKS // matrices), 1)
+    room = (limit - parts * product) // row
     slices = -(-p.tile_count // max(room // rows * rows, rows))
     return Sizes(p, tile, _up(-(-p.tile_count // slices), rows), depth, targets, parts)
 

@@ -25,7 +25,7 @@ from . import ptx, toolchain
 from .elements import Element
 from .epilogue import activate
 from .gemm_kernels import Tile, copies, multiply, split, swizzle, thread_places
-from .indices import whole_numbers
+from .indices import divided, index_type
 from .lanes import loader, storer
 
 cuda = toolchain.import_cuda()
@@ -59,14 +59,14 @@ def linear(matrix: Matrix, lanes: int) -> Any:
 
 def tile_place(wide: bool) -> Any:
     """Return the function that tells (n, d, phase along H, along W, tile along H, along W) of a tile's number."""
-    divided = whole_numbers(wide)[2]
+    divide = divided(wide)
 
     def place(tile, tiles_h, tiles_w, phases_h, phases_w, depths):
-        row, tw = divided(tile, tiles_w)
-        image, th = divided(row, tiles_h)
-        image, w = divided(image, phases_w)
-        image, h = divided(image, phases_h)
-        n, d = divided(image, depths)
+        row, tw = divide(tile, tiles_w)
+        image, th = divide(row, tiles_h)
+        image, w = divide(image, phases_w)
+        image, h = divide(image, phases_h)
+        n, d = divide(image, depths)
         return n, d, h, w, th, tw
 
     return place
@@ -81,7 +81,7 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
     """
     height, window = len(matrix), len(matrix[0])
     column_size, half_size, row_size = window * lanes, height * window * lanes, height * lanes
-    index, _, divided = whole_numbers(wide)
+    index, divide = index_type(wide), divided(wide)
     place_of, transform, load, store = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes), storer(_F32, lanes)
 
     def kernel(
@@ -91,14 +91,14 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
-            rest, low_place = divided(number, low)
-            rest, row = divided(rest, rows)
-            group, high_place = divided(rest, high)
+            rest, low_place = divide(number, low)
+            rest, row = divide(rest, rows)
+            group, high_place = divide(rest, high)
             place = index((high_place * low + low_place) * lanes)
             n, d, h, w, th, tw = place_of(index(first + row), tiles_h, tiles_w, dilation_h, dilation_w, depths)
-            block, c = divided(place, inner)
-            rest, b = divided(block, B)
-            t, a = divided(rest, A)
+            block, c = divide(place, inner)
+            rest, b = divide(block, B)
+            t, a = divide(rest, A)
             d = index(d + t * dilation_d + low_d)
             h = index(h + (th * m + 3 * a) * dilation_h + low_h)
             w = index(w + (tw * m + 3 * b) * dilation_w + low_w)
@@ -135,7 +135,7 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     """
     height, window = len(matrix), len(matrix[0])
     half_size = height * window
-    index, _, divided = whole_numbers(wide)
+    index, divide = index_type(wide), divided(wide)
     transform = linear(matrix, 1)
 
     def kernel(
@@ -144,13 +144,13 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
-            rest, low_place = divided(number, low)
-            rest, row = divided(rest, rows)
-            group, high_place = divided(rest, high)
+            rest, low_place = divide(number, low)
+            rest, row = divide(rest, rows)
+            group, high_place = divide(rest, high)
             k = index(high_place * low + low_place)
-            block, c = divided(row, inner)
-            rest, b = divided(block, B)
-            t, a = divided(rest, A)
+            block, c = divide(row, inner)
+            rest, b = divide(block, B)
+            t, a = divide(rest, A)
             exists = (row < depth) & (k < targets)
             from_ = index(group * weight_group + c * inner_step + k * target_step)
             column, results = cuda.local.array(window, float32), cuda.local.array(height, float32)
@@ -182,7 +182,7 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
     """
     m, window = len(matrix), len(matrix[0])
     column_size, half_size, row_size = window * lanes, m * window * lanes, m * lanes
-    index, _, divided = whole_numbers(wide)
+    index, divide = index_type(wide), divided(wide)
     place_of, transform, load = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes)
     store, store_row = storer(_F32, lanes), storer(_F32, m)
 
@@ -191,9 +191,9 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
         image_step, channel_step, pixel_step, H, W, tiles_h, tiles_w, depths, dilation_h, dilation_w,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
-        rest, low_place = divided(number, low)
-        rest, row = divided(rest, rows)
-        group, high_place = divided(rest, high)
+        rest, low_place = divide(number, low)
+        rest, row = divide(rest, rows)
+        group, high_place = divide(rest, high)
         k = index((high_place * low + low_place) * lanes)
         if number < total and k < targets:
             n, d, h, w, th, tw = place_of(index(first + row), tiles_h, tiles_w, dilation_h, dilation_w, depths)
@@ -233,7 +233,7 @@ def transform_sums(matrix: Matrix, wide: bool) -> Any:
     """Return the kernel that adds up parts of the products, in order, and transforms them to taps of the weight."""
     taps, window = len(matrix), len(matrix[0])
     half_size = taps * window
-    index, _, divided = whole_numbers(wide)
+    index, divide = index_type(wide), divided(wide)
     transform = linear(matrix, 1)
 
     def kernel(
@@ -241,9 +241,9 @@ def transform_sums(matrix: Matrix, wide: bool) -> Any:
         weight_group, inner_step, target_step, R, S, A, B,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
-        rest, low_place = divided(number, low)
-        rest, row = divided(rest, rows)
-        group, high_place = divided(rest, high)
+        rest, low_place = divide(number, low)
+        rest, row = divide(rest, rows)
+        group, high_place = divide(rest, high)
         k = index(high_place * low + low_place)
         if number < total and k < targets:
             from_ = index(group * group_step + row * row_step + k)
@@ -257,9 +257,9 @@ def transform_sums(matrix: Matrix, wide: bool) -> Any:
                         column[i] += matrices[index(at + (i * window + j) * position_step)]
                     at = index(at + part_step)
                 transform(column, 0, 1, half, j, window)
-            block, c = divided(row, inner)
-            rest, b = divided(block, B)
-            t, a = divided(rest, A)
+            block, c = divide(row, inner)
+            rest, b = divide(block, B)
+            t, a = divide(rest, A)
             to = index(group * weight_group + c * inner_step + k * target_step)
             results = cuda.local.array(taps, float32)
             for i in range(taps):
@@ -296,7 +296,7 @@ def batched_product(tile: Tile, rows_first: bool, chain: int, asynchronous: bool
     down, across = rows // threads_down, columns // threads_across
     rows_size, size, sums_of_thread = rows * depth, (rows + columns) * depth, down * across
     ahead, in_flight, chain_steps = stages - 1, stages - 2, chain // depth
-    index = whole_numbers(wide)[0]
+    index = index_type(wide)
     copy, _, commit, wait = copies(asynchronous)
     place, places_of, product = swizzle(depth), thread_places(tile), multiply(tile, rows_first, 0)
     # A thread copies every so many rows of a tile.
