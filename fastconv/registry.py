@@ -167,6 +167,8 @@ for _name in ("direct", "implicit_gemm", "depthwise"):
     register(Algorithm(_name, "cuda", f"fastconv.cuda.{_name}"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
+for _m in (2, 4):
+    register(Algorithm(f"winograd_f{_m}x3", "cuda", f"fastconv.cuda.winograd:F{_m}"))
 for _products, _precision in ((6, "highest"), (3, "high"), (1, "medium")):
     _name = "implicit_gemm_bf16" + (f"x{_products}" if _products > 1 else "")
     register(Algorithm(_name, "cpu", f"fastconv.cpu.bfloat16:X{_products}", _precision))

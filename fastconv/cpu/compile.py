@@ -183,8 +183,9 @@ def _constants(function: Any) -> tuple[Any, ...]:
 
 
 def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    # The constants of transforms are shared with other devices.
+    for path in [*sorted(here.glob("*.py")), here.parent / "minimal_filtering.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

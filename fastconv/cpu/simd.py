@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import toom_cook
+from ..minimal_filtering import filtering, transposed
 
 _I8P, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 
@@ -590,14 +590,14 @@ def _prefetch(builder, pointer, nbytes):
         _fetch(builder, builder.gep(pointer, [ir.Constant(_I64, PREFETCH + offset)]), level=3)
 
 
-# What `transform_tile` applies from both sides, by number: of F(m, 3) in `toom_cook`.
+# What `transform_tile` applies from both sides, by number: of F(m, 3) in `minimal_filtering`.
 INPUT, TAPS, OUTPUT, OUTPUT_GRAD, TAPS_GRAD = range(5)
 
 
 def _transform_matrix(m, kind):
-    found = toom_cook.filtering(m)
+    found = filtering(m)
     matrices = (found.input, found.taps, found.output)
-    return matrices[kind] if kind <= OUTPUT else toom_cook.transposed(matrices[(OUTPUT, TAPS)[kind - OUTPUT_GRAD]])
+    return matrices[kind] if kind <= OUTPUT else transposed(matrices[(OUTPUT, TAPS)[kind - OUTPUT_GRAD]])
 
 
 @intrinsic(prefer_literal=True)
@@ -674,7 +674,7 @@ def _linear(builder, matrix, values):
     """Matrix times vector of values; what two rows or two columns have in common up to sign is computed once."""
     rows = {i: list(row) for i, row in enumerate(matrix)}
     if len(matrix) < len(values):
-        for j, k in _pairs(toom_cook.transposed(matrix)):
+        for j, k in _pairs(transposed(matrix)):
             both = builder.fadd(values[j], values[k]), builder.fsub(values[j], values[k])
             values = [both[0] if i == j else both[1] if i == k else v for i, v in enumerate(values)]
             for row in rows.values():

@@ -2,9 +2,9 @@
 
     y = A^T [ sum over channels  (G w G^T) * (B^T x B) ] A        x: tile of t*t, t = m + 2
 
-The matrices are those of `toom_cook`. The sum over channels is, for each of the t*t positions of a tile, a matrix
-product of tiles and filters, done by the register tile of `simd.py` (Lavin & Gray, "Fast algorithms for convolutional
-neural networks", 2016, section 4).
+The matrices, and how images are cut into tiles, are those of `minimal_filtering`. The sum over channels is, for each of
+the t*t positions of a tile, a matrix product of tiles and filters, done by the register tile of `simd.py` (Lavin &
+Gray, "Fast algorithms for convolutional neural networks", 2016, section 4).
 
 A larger kernel is cut into blocks of 3x3 taps. All blocks share the sum: they are more channels of it, read from the
 input 3 positions further on. A dilated one works on every dilation-th pixel. The input gradient is the same with the
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..minimal_filtering import problem
 from ..registry import Buffer
 from . import machine, threads
 from .compile import Task, device, share, task
@@ -82,40 +83,6 @@ STAGE = 16
 SOME_TILES = 4
 
 
-class Problem(NamedTuple):
-    """A stride-1 convolution of a source with reversed or plain taps, and how it is cut into tiles."""
-
-    batch: int
-    groups: int
-    # Channels of a group that are summed over, and that result.
-    inner: int
-    targets: int
-    size: tuple[int, int, int]
-    # Source position of tap 0 for target 0.
-    low: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-    reversed: bool
-    # Tiles along H and W of one dilation phase.
-    tiles: tuple[int, int]
-
-    @property
-    def blocks(self) -> tuple[int, int, int]:
-        """Blocks of 3x3 taps the kernel is cut into, for each tap along D."""
-        T, R, S = self.kernel
-        return T, -(-R // 3), -(-S // 3)
-
-    @property
-    def depth(self) -> int:
-        """Products per position of a tile: channels times blocks of taps."""
-        return math.prod(self.blocks) * self.inner
-
-    @property
-    def tile_count(self) -> int:
-        """Tiles of all images and dilation phases."""
-        return self.batch * self.size[0] * self.dilation[1] * self.dilation[2] * self.tiles[0] * self.tiles[1]
-
-
 class Blocking(NamedTuple):
     """`tiles` are multiplied together with `panels` of filters at a time; `run` of them come from one strip."""
 
@@ -145,7 +112,7 @@ class Winograd:
             return False, f"tiles need stride 1, not {g.stride}"
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
-        p = _problem(g, direction, self.m)
+        p = problem(g, direction, self.m)
         if p.depth > MOST_DEPTH[self.m] and direction != "weight_grad":
             return False, f"a sum over {p.depth} channels and blocks of taps is too long for its precision"
         if direction == "weight_grad" and _sums(p, self.m, g).nbytes > MOST_BYTES - SHARED_BYTES:
@@ -154,7 +121,7 @@ class Winograd:
 
     def seconds(self, g, direction, threads_):
         """Predicted time: the products, the transforms' traffic, and the weight's; fitted to the panel's layers."""
-        p, t2 = _problem(g, direction, self.m), (self.m + 2) ** 2
+        p, t2 = problem(g, direction, self.m), (self.m + 2) ** 2
         tile, constants = tile_for(g.dtype.itemsize), machine.constants()
         scale = g.dtype.itemsize / 4
         columns = -(-p.targets // tile.width) * tile.width
@@ -178,7 +145,7 @@ class Winograd:
     def workspace(self, g, direction, limit):
         """U, V, M and Y as far as they live at once; per thread a strip of input, a block of output and some taps."""
         m, t2, count = self.m, (self.m + 2) ** 2, threads.count()
-        p = _problem(g, direction, m)
+        p = problem(g, direction, m)
         if direction == "weight_grad":
             return _gradient_workspace(g, p, m, count, limit)
         b, size = _blocking(p, m, g.dtype.itemsize, count), g.dtype.itemsize
@@ -211,7 +178,7 @@ class Winograd:
 
     def kept(self, g, direction):
         """Return the buffers that `pack` writes and `run` only reads: U, unless it lives a panel at a time."""
-        p = _problem(g, direction, self.m)
+        p = problem(g, direction, self.m)
         return () if _blocking(p, self.m, g.dtype.itemsize, threads.count()).part else ("U",)
 
     def pack(self, g, direction, weight, workspace):
@@ -224,18 +191,18 @@ class Winograd:
         """Write the convolution with the weight that `pack` has transformed to `out`."""
         b = self._blocking(g, direction, workspace)
         images = (*layout_of(source, g.data_format), *layout_of(out, g.data_format), *extent_of(source, g.data_format))
-        _pad_bias(bias, workspace["bias"][0], _problem(g, direction, self.m), activation == "relu")
+        _pad_bias(bias, workspace["bias"][0], problem(g, direction, self.m), activation == "relu")
         if b.part:
             self._start("transform_source", g, direction, b, images, weight, activation, workspace)
         task = "convolve_panels" if b.part else "convolve"
         self._start(task, g, direction, b, images, weight, activation, workspace)
 
     def _blocking(self, g, direction, workspace):
-        return _blocking(_problem(g, direction, self.m), self.m, g.dtype.itemsize, len(workspace["M"]))
+        return _blocking(problem(g, direction, self.m), self.m, g.dtype.itemsize, len(workspace["M"]))
 
     def _start(self, task, g, direction, b, images, weight, activation, workspace):
         """Run one of the tasks; all have the same arguments."""
-        p = _problem(g, direction, self.m)
+        p = problem(g, direction, self.m)
         sizes, table, blocks = _numbers(p, b, g.dtype.itemsize)
         getattr(tasks(self.m, b.tile, g.dtype.itemsize), task)(
             len(workspace["M"]), *images, *sizes, CODES[activation],
@@ -245,7 +212,7 @@ class Winograd:
 
     def weight_grad(self, g, grad_output, x, out, workspace):
         """Write the gradient with respect to the weight to `out`."""
-        p, count = _problem(g, "weight_grad", self.m), len(workspace["taps"])
+        p, count = problem(g, "weight_grad", self.m), len(workspace["taps"])
         tile = tile_for(g.dtype.itemsize)
         tiles = workspace["V"].shape[1] // _tile_elements(p, p.depth, self.m, g)
         b = Blocking(tile, tiles, _run(p, self.m, g.dtype.itemsize, p.tile_count), 1)
@@ -297,18 +264,6 @@ def _places(workspace, *names):
         for name in names
         for number in (address(workspace[name]), workspace[name].strides[0] if len(workspace[name]) > 1 else 0)
     )
-
-
-@lru_cache(maxsize=1024)
-def _problem(g, direction, m):
-    C, K = g.in_channels // g.groups, g.out_channels // g.groups
-    before = [b for b, _ in g.padding]
-    size, low = g.output_size, tuple(-b for b in before)
-    if direction == "input_grad":
-        C, K, size = K, C, g.input_size
-        low = tuple(b - d * (k - 1) for b, d, k in zip(before, g.dilation, g.kernel_size))
-    tiles = tuple((n + d * m - 1) // (d * m) for n, d in zip(size[1:], g.dilation[1:]))
-    return Problem(g.batch, g.groups, C, K, size, low, g.kernel_size, g.dilation, direction == "input_grad", tiles)
 
 
 def _panels(p, tile):

@@ -9,6 +9,7 @@ import numpy as np
 from support import ConvProblem
 
 import fastconv
+from fastconv import registry
 from fastconv.cuda import run
 from fastconv.testing import CONV_CASES, ConvCase
 
@@ -40,6 +41,8 @@ def emulate_conv(
     activation: str | None = None,
     bias: bool = True,
     seed: int | None = None,
+    architecture: str = "sm_90a",
+    limit: int = 2**30,
     **how: Any,
 ) -> np.ndarray:
     """Run one direction of an algorithm on poisoned memory; return the result with channels first."""
@@ -47,12 +50,14 @@ def emulate_conv(
     operands = {"x": _put(problem.x, data_format), "grad_output": _put(problem.grad, data_format)}
     shape = {"forward": g.output_shape, "input_grad": g.x_shape, "weight_grad": g.weight_shape}[direction]
     out = np.full(shape, np.nan, problem.dtype)
-    buffers = algorithm.workspace(g, direction, 2**30, **how)
+    buffers = algorithm.workspace(g, direction, limit, **how)
     lent = {name: np.full(b.shape, np.nan, b.dtype) for name, b in buffers.items()}
     more = {} if direction == "weight_grad" else {"activation": activation, "bias": bias}
     operands["bias"] = problem.bias if bias else None
     arrays = {**operands, "weight": np.ascontiguousarray(problem.weight), **lent, "out": out}
-    run.emulated(algorithm.steps(g, direction, **more, **how), arrays, seed)
+    limit = registry.workspace_bytes(buffers)
+    steps = algorithm.steps(g, direction, architecture=architecture, limit=limit, **more, **how)
+    run.emulated(steps, arrays, seed, architecture)
     if direction == "weight_grad":
         return out.reshape(problem.weight.shape)
     back = np.moveaxis(out, -1, 1) if data_format == "channels_last" else out
