@@ -48,6 +48,23 @@ class NumpyArrays:
         """Return the result as an array of this library."""
         return result
 
+    # What the emulator does in place of a GPU's library, see `DeviceLibrary`.
+
+    @staticmethod
+    def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+        """Write the products of matrices side by side."""
+        np.matmul(a, b, out=out)
+
+    @staticmethod
+    def rfftn(a: np.ndarray, out: np.ndarray) -> None:
+        """Write the spectra of real planes."""
+        out[...] = np.fft.rfftn(a, axes=tuple(range(1, a.ndim)))
+
+    @staticmethod
+    def irfftn(a: np.ndarray, out: np.ndarray) -> None:
+        """Write the real planes of spectra."""
+        out[...] = np.fft.irfftn(a, out.shape[1:], axes=tuple(range(1, a.ndim)))
+
 
 class TorchArrays:
     """torch.Tensor on the CPU, sharing memory. Gradients flow through `fastconv.torch`, not here."""
@@ -250,6 +267,20 @@ class DeviceLibrary:
         """Return the handle of the current stream; 0 is the default stream."""
         raise NotImplementedError
 
+    # What `steps.Call` names, on the current stream; arrays are contiguous.
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        """Write the products of matrices side by side, (batch, rows, depth) by (batch, depth, columns), to `out`."""
+        raise NotImplementedError
+
+    def rfftn(self, a: Any, out: Any) -> None:
+        """Write the spectra of real arrays side by side, transformed along all axes but the first, to `out`."""
+        raise NotImplementedError
+
+    def irfftn(self, a: Any, out: Any) -> None:
+        """Write what the spectra `a` are the spectra of to `out`."""
+        raise NotImplementedError
+
 
 class _CupyOnDevice(DeviceLibrary):
     """cupy.ndarray, in place, and what offers its memory by `__cuda_array_interface__`: results are CuPy's."""
@@ -300,6 +331,15 @@ class _CupyOnDevice(DeviceLibrary):
 
     def stream(self) -> int:
         return self._cupy.cuda.get_current_stream().ptr
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        self._cupy.matmul(a, b, out=out)
+
+    def rfftn(self, a: Any, out: Any) -> None:
+        out[...] = self._cupy.fft.rfftn(a, axes=tuple(range(1, a.ndim)))
+
+    def irfftn(self, a: Any, out: Any) -> None:
+        out[...] = self._cupy.fft.irfftn(a, out.shape[1:], axes=tuple(range(1, a.ndim)))
 
 
 class _TorchOnDevice(DeviceLibrary):
@@ -356,6 +396,15 @@ class _TorchOnDevice(DeviceLibrary):
 
     def stream(self) -> int:
         return self._torch.cuda.current_stream(self.index).cuda_stream
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        self._torch.bmm(a, b, out=out)
+
+    def rfftn(self, a: Any, out: Any) -> None:
+        out.copy_(self._torch.fft.rfftn(a, dim=tuple(range(1, a.ndim))))
+
+    def irfftn(self, a: Any, out: Any) -> None:
+        out.copy_(self._torch.fft.irfftn(a, out.shape[1:], dim=tuple(range(1, a.ndim))))
 
 
 @cache

@@ -163,7 +163,7 @@ def named(name: Any, device: str) -> list[Algorithm]:
 
 for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft", "direct_small"):
     register(Algorithm(_name, "cpu", f"fastconv.cpu.{_name}"))
-for _name in ("direct", "implicit_gemm", "depthwise"):
+for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft"):
     register(Algorithm(_name, "cuda", f"fastconv.cuda.{_name}"))
 for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))

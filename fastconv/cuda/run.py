@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import config
-from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, library_of
+from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, NumpyArrays, library_of
 from ..errors import ArgumentError, UnsupportedError
 from ..geometry import ConvGeometry, PoolGeometry
 from ..registry import Buffer, workspace_bytes
 from . import bias, launch, padding, pool
 from .compile import compile_kernel
 from .elements import SUPPORTED, Element
-from .steps import Step
+from .steps import Call, Step
 
 # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -41,12 +41,12 @@ def split_arguments(step: Step) -> tuple[tuple[str, ...], tuple[np.generic, ...]
 
 
 def emulated(
-    steps: Iterable[Step],
+    steps: Iterable[Step | Call],
     arrays: Mapping[str, np.ndarray | None],
     seed: int | None = None,
     architecture: str = "sm_90a",
 ) -> list[Any]:
-    """Run steps in the emulator, on NumPy arrays that are written in place; return what each did to memory.
+    """Run steps in the emulator, on NumPy arrays that are written in place; return what each launch did to memory.
 
     An array that is absent or None is empty: a kernel that touches it is refused.
     """
@@ -54,6 +54,9 @@ def emulated(
 
     reports = []
     for step in steps:
+        if isinstance(step, Call):
+            step.perform(NumpyArrays, *[arrays[name] for name in step.arguments])
+            continue
         names, numbers = split_arguments(step)
         given = [_stored(arrays.get(name)) for name in names]
         reports.append(
@@ -66,34 +69,55 @@ def emulated(
 
 
 def _stored(array: np.ndarray | None) -> np.ndarray:
-    """Return an array as kernels have it: bfloat16 as the bits it is."""
+    """Return an array as kernels have it: bfloat16 as the bits it is, a complex number as two real ones."""
     if array is None:
         return np.empty(0, np.float32)
+    if array.dtype.kind == "c":
+        return array.view(array.real.dtype)
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 class Launch(NamedTuple):
-    """A step that is ready on one device: the launcher, and the names of the arrays that it takes."""
+    """A step that is ready on one device, and the names of the arrays that it takes.
 
-    launcher: launch.Launcher
+    `launcher` is called with the stream and their addresses, or if `is_call` with the library and what it holds.
+    """
+
+    launcher: Callable[..., None]
     names: tuple[str, ...]
+    is_call: bool = False
 
 
-def ready(steps: Iterable[Step], architecture: str) -> list[Launch]:
+def ready(steps: Iterable[Step | Call], architecture: str) -> list[Launch]:
     """Compile steps, or take them from the disk, and load them on the current device."""
     made = []
     for step in steps:
+        if isinstance(step, Call):
+            made.append(Launch(step.perform, step.arguments, is_call=True))
+            continue
         names, numbers = split_arguments(step)
         code = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
         made.append(Launch(launch.Launcher(code, step.grid, step.block, numbers, step.shared_bytes), names))
     return made
 
 
-def launched(launches: Iterable[Launch], addresses: Mapping[str, int], stream: int = 0) -> None:
-    """Launch what is ready, on a stream of this handle; an array that is absent is a null pointer."""
+def launched(
+    launches: Iterable[Launch],
+    addresses: Mapping[str, int],
+    stream: int = 0,
+    library: DeviceLibrary | None = None,
+    held: Mapping[str, Any] | None = None,
+) -> None:
+    """Launch what is ready, on a stream of this handle; an array that is absent is a null pointer.
+
+    Calls need the library too, and what it holds by name.
+    """
     on = launch.stream(stream)
-    for launcher, names in launches:
-        launcher(on, *[addresses.get(name, 0) for name in names])
+    for launcher, names, is_call in launches:
+        if is_call:
+            launcher(library, *[held[name] for name in names])  # type: ignore[index]
+        else:
+            launcher(on, *[addresses.get(name, 0) for name in names])
 
 
 @lru_cache(maxsize=1024)
@@ -121,8 +145,9 @@ def _run(
     The memory of what is freed then is given to later work of the same stream, so nothing waits.
     """
     lent = {name: library.empty(b.shape, np.dtype(b.dtype)) for name, b in (buffers or {}).items() if b.owned}
-    held = {name: array for name, array in {**arrays, **lent}.items() if array is not None}
-    launched(launches, {name: array.address for name, array in held.items()}, library.stream())
+    there = {name: array for name, array in {**arrays, **lent}.items() if array is not None}
+    addresses = {name: array.address for name, array in there.items()}
+    launched(launches, addresses, library.stream(), library, {name: array.held for name, array in there.items()})
 
 
 # --- convolution -----------------------------------------------------------------------------------------------
@@ -299,18 +324,24 @@ def _bound(
     made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
     places = {name: i for i, name in enumerate((*names, *made))}
     # One place more, of the null pointer that stands for arrays that are not there.
-    wanted = [(launcher, [places.get(name, len(places)) for name in own]) for launcher, own in launches]
+    wanted = [
+        (launcher, [places.get(name, len(places)) for name in own], is_call) for launcher, own, is_call in launches
+    ]
     new, address_of, count, memory = library.new, library.address_of, len(results), [*made.values()]
 
     def run(*given: Any) -> Any:
         if not library.is_current():
             return None
         fresh = [new(shape, dtype) for shape, dtype in memory]
-        addresses = [0 if array is None else address_of(array) for array in (*given, *fresh)]
+        arrays = (*given, *fresh)
+        addresses = [0 if array is None else address_of(array) for array in arrays]
         addresses.append(0)
         on = launch.stream(library.stream())
-        for launcher, own in wanted:
-            launcher(on, *[addresses[i] for i in own])
+        for launcher, own, is_call in wanted:
+            if is_call:
+                launcher(library, *[arrays[i] for i in own])
+            else:
+                launcher(on, *[addresses[i] for i in own])
         return fresh[0] if count == 1 else tuple(fresh[:count])
 
     return run

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import MissingDependencyError, UnsupportedError
 from .compile import compile_kernel, sass
-from .steps import Step
+from .steps import Call, Step
 
 _TITLES = ("algorithm", "kernel", "blocks x threads", "registers", "resident", "shared", "instructions", "loop", "")
 # Opcodes of a main loop to name.
 _SHOWN = 4
 
 
-def table(algorithms: Iterable[tuple[str, Sequence[Step]]], architecture: str) -> list[str]:
+def table(algorithms: Iterable[tuple[str, Sequence[Step | Call]]], architecture: str) -> list[str]:
     """Return the lines of a table of all kernels of some algorithms, in the order of their launches.
 
     Registers are a thread's, with the bytes that spill; "resident" is the share of a multiprocessor's threads that can
@@ -22,13 +22,17 @@ def table(algorithms: Iterable[tuple[str, Sequence[Step]]], architecture: str) -
     """
     rows: list[tuple[str, ...]] = [_TITLES]
     for name, steps in algorithms:
-        rows += [_row(name, step, architecture) for step in steps]
+        rows += [_row(name, step, architecture) if isinstance(step, Step) else _call(name, step) for step in steps]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES) - 1)]
     lines = [
         "  ".join([*(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))), row[-1]])
         for row in rows
     ]
     return [f"kernels for {architecture}, compiled", *(line.rstrip() for line in lines)]
+
+
+def _call(name: str, call: Call) -> tuple[str, ...]:
+    return (name, call.operation, *["-"] * (len(_TITLES) - 3), "by the library of the arrays")
 
 
 def _row(name: str, step: Step, architecture: str) -> tuple[str, ...]:

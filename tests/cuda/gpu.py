@@ -23,6 +23,7 @@ class ndarray:
         self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0])
 
     shape = property(lambda self: self.host.shape)
+    ndim = property(lambda self: self.host.ndim)
     dtype = property(lambda self: self.host.dtype)
     flags = property(lambda self: SimpleNamespace(c_contiguous=self.host.flags.c_contiguous))
 
@@ -79,6 +80,7 @@ class Cupy:
 
     def __init__(self) -> None:
         self.memory, self.stream = Memory(), 0
+        self.fft = SimpleNamespace(rfftn=self._rfftn, irfftn=self._irfftn)
         self.cuda = SimpleNamespace(
             Device=lambda index: contextlib.nullcontext(),
             get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
@@ -94,6 +96,17 @@ class Cupy:
         fresh = self.memory.new(host.shape, host.dtype, offset)
         fresh[...] = host
         return ndarray(fresh)
+
+    def matmul(self, a: ndarray, b: ndarray, out: ndarray) -> None:
+        # CuPy copies what is not contiguous.
+        assert all(array.host.flags.c_contiguous and array.ndim == 3 for array in (a, b, out))
+        np.matmul(a.host, b.host, out=out.host)
+
+    def _rfftn(self, a: ndarray, s: Any = None, axes: Any = None) -> ndarray:
+        return self.asarray(np.fft.rfftn(a.host, s, axes))
+
+    def _irfftn(self, a: ndarray, s: Any = None, axes: Any = None) -> ndarray:
+        return self.asarray(np.fft.irfftn(a.host, s, axes))
 
     def moveaxis(self, array: ndarray, source: int, destination: int) -> ndarray:
         return ndarray(np.moveaxis(array.host, source, destination))

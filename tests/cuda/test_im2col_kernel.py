@@ -1,0 +1,169 @@
+"""im2col and FFT on a GPU: kernels in the emulator around NumPy's products and transforms, and their machine code."""
+
+import numpy as np
+import pytest
+from cases import emulate_conv, lifted
+from hypothesis import given, settings, strategies
+from support import DIRECTIONS, conv_problem, normal, whole
+
+import fastconv
+from fastconv import arrays, registry
+from fastconv.cuda import fft, im2col
+from fastconv.cuda.compile import budget, compile_kernel, sass
+from fastconv.cuda.steps import Call, Step
+from fastconv.testing import ConvCase, assert_close
+
+FORMATS = ("channels_first", "channels_last")
+MODULES = {"im2col": im2col, "fft": fft}
+BOTH = pytest.mark.parametrize("name", MODULES)
+
+
+def expected(problem, direction):
+    return {"forward": problem.y, "input_grad": problem.grads[0], "weight_grad": problem.grads[1]}[direction]
+
+
+def check(name, case, direction, data_format, dtype="float32", **how):
+    """Products of whole numbers are exact, transforms are not."""
+    problem = conv_problem(case, np.dtype(dtype), whole if name == "im2col" else normal)
+    got = emulate_conv(MODULES[name], problem, direction, data_format, bias=direction == "forward", **how)
+    wanted = expected(problem, direction)
+    if name == "im2col":
+        assert np.array_equal(got, wanted)
+    else:
+        assert_close(got, wanted, algorithm=name, reduction_length=problem.lengths[direction])
+
+
+CASES = [
+    ConvCase("padding", (2, 3, 5, 4), (5, 3, 3, 3), padding=((0, 1), (2, 1))),
+    ConvCase("groups of whole vectors", (2, 8, 3, 4), (8, 4, 2, 2), groups=2),
+    ConvCase("stride and dilation", (1, 4, 7, 6), (6, 2, 3, 2), stride=(2, 3), padding=2, dilation=(1, 2), groups=2),
+    ConvCase("1x1", (2, 3, 3, 3), (6, 3, 1, 1), stride=2),
+    ConvCase("depthwise", (1, 5, 4, 4), (5, 1, 3, 3), padding=1, groups=5),
+    ConvCase("one dimension", (2, 2, 9), (3, 2, 4), stride=2, padding=3),
+    ConvCase("one column", (1, 2, 5, 1), (3, 2, 2, 1)),
+    ConvCase("three dimensions", (1, 2, 3, 4, 3), (2, 2, 2, 3, 2), stride=(1, 2, 1), padding=1),
+    ConvCase("kernel larger than the image", (1, 2, 2, 3), (3, 2, 4, 5), padding=2),
+]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@BOTH
+def test_it_agrees_with_the_oracle(name, case, direction, data_format):
+    check(name, case, direction, data_format)
+
+
+@BOTH
+@settings(max_examples=4, deadline=None)
+@given(strategies.data())
+def test_any_convolution(name, data):
+    def draw(low, high):
+        return data.draw(strategies.integers(low, high))
+
+    groups, stride, dilation = draw(1, 2), (draw(1, 3), draw(1, 3)), (draw(1, 2), draw(1, 2))
+    shape = (draw(1, 2), groups * draw(1, 3), draw(3, 6), draw(3, 6))
+    weight = (groups * draw(1, 3), shape[1] // groups, draw(1, 3), draw(1, 3))
+    case = ConvCase("drawn", shape, weight, stride, (draw(1, 3), draw(1, 3)), dilation, groups)
+    direction, data_format = data.draw(strategies.sampled_from(DIRECTIONS)), data.draw(strategies.sampled_from(FORMATS))
+    check(name, case, direction, data_format)
+
+
+@BOTH
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_order_of_threads_the_dtype_and_the_width_of_indices_do_not_matter(name, direction, monkeypatch):
+    monkeypatch.setattr(MODULES[name], "needs_wide", lambda *extents: True)
+    check(name, CASES[2], direction, "channels_last", "float64", seed=1)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("limit", [0, 900, 2000])
+def test_blocks_of_pixels_fit_the_limit(direction, limit, data_format, monkeypatch):
+    """Blocks of several images, of one, of parts of one; chains of a weight gradient that are done in turn."""
+    monkeypatch.setattr(im2col, "CHAIN", 5)
+    im2col._block.cache_clear()
+    case = ConvCase("blocks", (3, 2, 3, 4), (3, 2, 2, 2), padding=1)
+    check("im2col", case, direction, data_format, limit=limit)
+    problem = conv_problem(case, np.dtype(np.float32), whole)
+    g = lifted(problem, data_format)
+    stated = registry.workspace_bytes(im2col.workspace(g, direction, limit))
+    assert stated <= max(limit, 400)
+    products = [s for s in im2col.steps(g, direction, limit=stated) if isinstance(s, Call)]
+    assert len(products) > 1
+    assert im2col.workspace(g, direction, stated) == im2col.workspace(g, direction, limit)
+    im2col._block.cache_clear()
+
+
+@BOTH
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_forward_ends_in_bias_and_activation(name, data_format):
+    problem = conv_problem(CASES[1], np.float32)
+    got = emulate_conv(MODULES[name], problem, "forward", data_format, activation="tanh")
+    assert_close(got, np.tanh(problem.y.astype(np.float64)).astype(np.float32), algorithm=name, reduction_length=17)
+
+
+def test_lengths_of_transforms_have_small_factors():
+    assert [fft._fast_length(n) for n in (1, 2, 11, 13, 97, 230, 2049)] == [1, 2, 12, 14, 98, 240, 2058]
+
+
+@BOTH
+def test_half_types_are_refused(name):
+    g = fastconv.ConvGeometry.create((1, 2, 4, 4), (2, 2, 3, 3), dtype=np.dtype(np.float16))
+    assert (
+        "float32 and float64, not float16" in MODULES[name].supports(g.lifted("channels_first", g.dtype), "forward")[1]
+    )
+
+
+def test_libraries_do_the_same():
+    torch = pytest.importorskip("torch")
+    libraries = (arrays.NumpyArrays, np.asarray, np.zeros), (
+        arrays._TorchOnDevice(0), torch.from_numpy, lambda shape, dtype: torch.zeros(shape, dtype=getattr(torch, dtype))
+    )  # fmt: skip
+    a, b = (normal(n, shape=s, dtype="float32") for n, s in (("a", (2, 3, 4)), ("b", (2, 4, 5))))
+    for library, put, zeros in libraries:
+        out, spectrum, back = zeros((2, 3, 5), "float32"), zeros((2, 3, 3), "complex64"), zeros((2, 3, 4), "float32")
+        # More than is used lies behind.
+        held = put(np.concatenate([a.ravel(), b.ravel()]))
+        Call("matmul", ("a", "b", "out"), (a.shape, b.shape, out.shape)).perform(library, put(a), put(b), out)
+        assert_close(np.asarray(out), a @ b)
+        Call("rfftn", ("a", "spectrum"), (a.shape, tuple(spectrum.shape))).perform(library, held, spectrum)
+        assert np.allclose(np.asarray(spectrum), np.fft.rfftn(a, axes=(1, 2)), atol=1e-5)
+        library.irfftn(spectrum, back)
+        assert_close(np.asarray(back), a, algorithm="fft", reduction_length=12)
+
+
+# --- machine code ----------------------------------------------------------------------------------------------
+
+
+def launches(name, data_format, architecture):
+    shape = (4, 28, 28, 64) if data_format == "channels_last" else (4, 64, 28, 28)
+    g = fastconv.ConvGeometry.create(shape, (128, 64, 3, 3), padding=1, data_format=data_format)
+    g = g.lifted(data_format, np.dtype(np.float32))
+    found = [s for d in DIRECTIONS for s in MODULES[name].steps(g, d, architecture=architecture)]
+    return {s.kernel.__name__: s for s in found if isinstance(s, Step)}
+
+
+# Registers, and accesses of 128 bits.
+BUDGETS = [
+    ("im2col", "channels_last", "im2col_columns_float32_lanes4", 40, 1, 1),
+    ("im2col", "channels_last", "im2col_place_float32_lanes4", 32, 1, 1),
+    ("im2col", "channels_first", "im2col_columns_float32_lanes1", 40, 0, 0),
+    ("im2col", "channels_first", "im2col_gather_float32", 64, 0, 0),
+    ("im2col", "channels_first", "im2col_pack_float32", 32, 0, 0),
+    ("im2col", "channels_last", "im2col_add_chains_float32", 40, 0, 0),
+    ("fft", "channels_first", "fft_spread_float32", 32, 0, 0),
+    ("fft", "channels_first", "fft_multiply_float32", 112, 0, 0),
+    ("fft", "channels_first", "fft_collect_float32", 32, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "data_format", "kernel", "registers", "loads", "stores"), BUDGETS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_kernels_keep_their_budget(name, data_format, kernel, registers, loads, stores, architecture):
+    step = launches(name, data_format, architecture)[kernel]
+    made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
+    # The way out of loops for sm_8x: jumps that ptxas writes as calls.
+    assert [f for f in budget(made, registers) if f != "2 CALL"] == []
+    mix = sass(made)
+    assert (mix.count("LDG.E.128"), mix.count("STG.E.128")) == (loads, stores)
