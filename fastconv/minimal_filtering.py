@@ -82,14 +82,14 @@ class Problem(NamedTuple):
     # Channels of a group that are summed over, and that result.
     inner: int
     targets: int
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     # Source position of tap 0 for target 0.
-    low: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    dilation: tuple[int, int, int]
+    low: tuple[int, ...]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
     reversed: bool
     # Tiles along H and W of one dilation phase.
-    tiles: tuple[int, int]
+    tiles: tuple[int, ...]
 
     @property
     def blocks(self) -> tuple[int, int, int]:

@@ -19,7 +19,8 @@ A module for "cuda" touches no array: what it launches is data, see `cuda/steps.
 and::
 
     seconds(geometry, direction, architecture) -> float
-    steps(geometry, direction, activation=None, bias=False, architecture="sm_90a", limit=2**30) -> list of Step
+    steps(geometry, direction, activation=None, bias=False, architecture="sm_90a", limit=2**30)
+        -> list of Step and Call
 
 where `limit` is the one `workspace` was given, or the total of what that stated. It has `FUSED = ("forward",
 "input_grad")` if its input gradient ends in bias and activation too, as the forward pass does.

@@ -249,6 +249,7 @@ def workspace(geometry: ConvGeometry, direction: str, limit: int) -> dict[str, B
     """Columns and products of some pixels, and the packed weight."""
     g, (L, chains) = geometry, _block(geometry, direction, limit)
     K, depth = g.out_channels // g.groups, g.reduction_length
+    shapes: dict[str, tuple[int, ...]]
     if direction == "weight_grad":
         shapes = {
             "columns": (chains, g.groups, L, depth),

@@ -11,7 +11,8 @@ from support import normal, whole
 
 import fastconv
 from fastconv import arrays, calls, reference, registry, tuning
-from fastconv.cuda import direct, launch, run
+from fastconv.cuda import direct, launch, run, winograd
+from fastconv.cuda.gemm_kernels import Tile
 from fastconv.cuda.steps import Step
 from fastconv.testing import assert_close
 
@@ -188,13 +189,47 @@ def test_plans(cupy):
     assert (plan.algorithm, plan.workspace_bytes) == ("direct", 0)
 
 
-def test_calls_alike_are_compiled_and_loaded_once_and_launched_on_the_stream_of_the_library(cupy):
+def test_theirsalike_are_compiled_and_loaded_once_and_launched_on_the_stream_of_the_library(cupy):
     x, w, b = map(cupy.asarray, operands())
     for stream in (0, 4096):
         cupy.stream = stream
         fastconv.conv2d(x, w, b, **HOW)
     assert cupy.driver.loads == 1
     assert cupy.driver.launches == [("direct_forward_float32_first_32", 0), ("direct_forward_float32_first_32", 4096)]
+
+
+def test_winograd(cupy, monkeypatch):
+    monkeypatch.setattr(winograd, "NARROW", Tile(16, 32, 8, 4, 8))
+    winograd._sizes.cache_clear()
+    x, w, b = whole("x", shape=(1, 3, 5, 4)), whole("w", shape=(2, 3, 3, 3)), whole("b", shape=(2,))
+    got = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), padding=1, algorithm="winograd_f2x3")
+    assert np.array_equal(got.host, reference.conv(x, w, b, padding=1))
+    winograd._sizes.cache_clear()
+
+
+@pytest.mark.parametrize("algorithm", ["im2col", "fft"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_theirsof_the_library_stand_between_launches_the_long_way_and_the_short_one(cupy, algorithm, channels_last):
+    x, w, b = whole("x", shape=(2, 3, 4, 3)), whole("w", shape=(2, 3, 2, 3)), whole("b", shape=(3,))
+    how = {"padding": 1, "algorithm": algorithm, "data_format": "channels_last" if channels_last else "channels_first"}
+    y = reference.conv(x, w, b[:2], padding=1)
+    g = whole("g", shape=y.shape)
+
+    def put(array):
+        return cupy.asarray(last(array) if channels_last else array)
+
+    def compare(got, wanted):
+        back = np.moveaxis(got.host, -1, 1) if channels_last and got.shape != w.shape else got.host
+        assert_close(back, wanted.astype(np.float32), algorithm=algorithm, reduction_length=60)
+
+    for _ in range(2):
+        got = fastconv.conv2d(put(x), cupy.asarray(w), cupy.asarray(b[:2]), activation="relu", **how)
+        compare(got, np.maximum(y, 0))
+        grads = fastconv.conv2d_backward(put(g), put(x), cupy.asarray(w), needs=("input", "weight"), **how)
+        for found, wanted in zip(grads[:2], reference.conv_backward(g, x, w, padding=1)):
+            compare(found, wanted)
+        got = fastconv.conv_transpose2d(put(g), cupy.asarray(w), cupy.asarray(b), activation="relu", **how)
+        compare(got, np.maximum(reference.conv_transpose(g, w, b, padding=1), 0))
 
 
 def test_sums_in_several_parts_use_the_workspace_that_was_declared(cupy):
@@ -363,7 +398,7 @@ def test_what_has_no_kernels_says_so(cupy):
     with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU it computes float32, .*, not int32"):
         fastconv.conv2d(small, small)
     with pytest.raises(fastconv.UnsupportedError, match="there is no such algorithm on the cuda yet"):
-        fastconv.conv2d(x, x, algorithm="fft")
+        fastconv.conv2d(x, x, algorithm="direct_small")
     with pytest.raises(fastconv.UnsupportedError, match="is an array of cupy on GPU 0; layers compute on the CPU"):
         fastconv.nn.Linear(2, 2).load_state_dict({"weight": x, "bias": x})
 
@@ -481,6 +516,8 @@ def test_explain_shows_the_machine_code_of_an_architecture():
     assert (shared, unit) == ("0", "B")
     assert int(instructions) > int(loop) > 0
     assert "FFMA" in row or "IMAD" in row
+    theirs = [line.split()[1] for line in table[at:] if line.endswith("by the library of the arrays")]
+    assert sorted(theirs) == ["irfftn", "matmul", "rfftn", "rfftn"]
 
 
 def test_a_device_array_is_what_operations_see_of_it(cupy):
