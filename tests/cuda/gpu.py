@@ -105,15 +105,15 @@ class Cupy:
 class Driver:
     """A driver that emulates, and counts."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-        self.functions: dict[str, tuple[Any, Any]] = {}
+    def __init__(self, memory: Memory, emulate: Any = emulate) -> None:
+        self.memory, self.emulate = memory, emulate
+        self.functions: dict[str, tuple[Any, Any, Any]] = {}
         self.loads, self.launches = 0, []
 
     def compile(self, function: Any, signature: Any, architecture: str, launch_bounds: Any = None) -> CompiledKernel:
         """Stand for `compile_kernel`."""
         entry = f"{function.__name__} {id(function)} {signature}"
-        self.functions[entry] = function, signature
+        self.functions[entry] = function, signature, launch_bounds
         return CompiledKernel(entry.encode(), entry, function.__name__, 32, 0, 0, 0, architecture)
 
     def device(self) -> int:
@@ -143,11 +143,14 @@ class Driver:
         return 1e-3 * (last - first)
 
     def launch(self, stream: int, configuration: Any, kernel: Any, arguments: Any) -> None:
-        (function, signature), (grid, block, shared_bytes) = kernel, configuration
+        (function, signature, launch_bounds), (grid, block, shared_bytes) = kernel, configuration
         self.launches.append((function.__name__, stream))
         given = [
             self.memory.at(value, numpy_support.as_dtype(kind.dtype)) if isinstance(kind, types.CPointer) else value
             for value, kind in zip(arguments, signature)
         ]
         assert len(arguments) == len(signature)
-        emulate(function, grid, block, *given, shared_bytes=shared_bytes)
+        self.emulate(
+            function, grid, block, *given,
+            shared_bytes=shared_bytes, signature=signature, launch_bounds=launch_bounds,
+        )  # fmt: skip
