@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,36 @@ class Cupy:
 
     def take(self, array: ndarray, indices: ndarray, axis: int) -> ndarray:
         return self.asarray(np.take(array.host, indices.host, axis))
+
+
+class Status(int):
+    """An answer of the driver, 0 if all is well."""
+
+    name = property(lambda self: "CUDA_SUCCESS" if not self else "CUDA_ERROR_ILLEGAL_ADDRESS")
+
+
+class Bindings:
+    """Those functions of `cuda.bindings.driver` that copy, over host memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.status = memory, Status()
+
+    def cuMemAlloc(self, nbytes: int) -> tuple[Status, int]:
+        return self.status, self.memory.new((nbytes,), np.uint8).ctypes.data
+
+    def cuMemcpyHtoD(self, target: int, source: int, nbytes: int) -> tuple[Status]:
+        ctypes.memmove(target, source, nbytes)
+        return (self.status,)
+
+    def cuMemcpyDtoH(self, target: int, source: int, nbytes: int) -> tuple[Status]:
+        return self.cuMemcpyHtoD(target, source, nbytes)
+
+    def cuMemFree(self, address: int) -> tuple[Status]:
+        self.memory.blocks = [b for b in self.memory.blocks if b.ctypes.data != address]
+        return (self.status,)
+
+    def cuStreamQuery(self, stream: int) -> tuple[Status]:
+        return (self.status,)
 
 
 class Driver:

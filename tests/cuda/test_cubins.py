@@ -335,6 +335,21 @@ def test_an_unknown_architecture_is_refused():
         compile_kernel(kernels.add_vectors, kernels.ADD_VECTORS, "sm_70")
 
 
+def test_numba_cuda_works_with_a_numpy_that_has_no_row_stack():
+    script = f"""
+import sys
+import numpy as np
+if vars(np).pop("row_stack", None):
+    np.__all__.remove("row_stack")
+sys.path.insert(0, {str(Path(kernels.__file__).parent)!r})
+import kernels
+from fastconv.cuda.compile import to_ptx
+from fastconv.cuda.architecture import Architecture
+print(to_ptx(kernels.add_vectors, kernels.ADD_VECTORS, Architecture.named("sm_80"))[1], "row_stack" in vars(np))
+"""
+    assert run_python(script) == "add_vectors False\n"
+
+
 @pytest.mark.parametrize(
     ("ptx_version", "linker", "message"),
     [
