@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,8 +168,8 @@ def take_over() -> None:
 
 def lost(message: str) -> None:
     """End the process: the device takes nothing more from it. The test that was running is to blame."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "no test").rpartition(" ")[0]
-    write(key=test, status="crashed", text=message)
+    if test := os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]:
+        write(key=test, status="crashed", text=message)
     os.write(2, f"{test}: {message}\n".encode())
     os._exit(LOST)
 
@@ -183,8 +184,9 @@ def write(**line: Any) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+@lru_cache(maxsize=1)
 def reported() -> set[str]:
-    """Return the tests that the report has already."""
+    """Return what the report had when this process first looked."""
     path = Path(os.environ.get("FASTCONV_TEST_GPU_REPORT", os.devnull))
     lines = path.read_text().splitlines() if path.exists() else []
     return {line["key"] for line in map(json.loads, lines) if "key" in line}
