@@ -48,11 +48,13 @@ ENDS = {"look": 0.2, "tests": 0.5, "sanitizer": 0.6, "bench": 1.0}
 QUIET = 90.0
 # Processes that test at the same time.
 MOST_AT_ONCE = 6
+# Where the system may have CUDA.
+CUDA_HOMES = [Path(shutil.which("nvcc") or "/usr/bin/nvcc").resolve().parent.parent, Path("/usr/local/cuda")]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # Of the tests, each so many-th runs under compute-sanitizer.
 EVERY = 40
 # Failed tests of a file that the summary names.
-SHOWN = 5
+SHOWN = 3
 LEFT = 3
 
 Lines = dict[str, dict[str, Any]]
@@ -165,7 +167,8 @@ def _host_only() -> list[str]:
 
 def sanitizer(results: dict[str, Any], until: float) -> bool:
     """Run a few tests under each tool of compute-sanitizer."""
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{_cuda_home()}/bin")
+    folders = (os.environ.get("PATH", ""), *(str(home / "bin") for home in CUDA_HOMES))
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if program is None:
         results["sanitizer"] = {tool: {"status": "missing", "text": "compute-sanitizer is not there"} for tool in TOOLS}
         return True
@@ -204,10 +207,12 @@ def _pytest(where: str) -> list[str]:
 _QUIET_PYTEST = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
-def _cuda_home() -> str:
-    """Return the system's CUDA, where libnvvm may be if no wheel has it."""
-    nvcc = shutil.which("nvcc")
-    return os.environ.get("CUDA_HOME") or (str(Path(nvcc).resolve().parent.parent) if nvcc else "/usr/local/cuda")
+def find_libraries(cubins: Path) -> None:
+    """Name, for other processes, where machine code is, and the system's CUDA, whose libnvvm serves if it must."""
+    os.environ["FASTCONV_PREBUILT"] = str(cubins.resolve())
+    homes = [str(home) for home in CUDA_HOMES if (home / "nvvm").is_dir()]
+    if homes:
+        os.environ.setdefault("CUDA_HOME", homes[0])
 
 
 # --- the file --------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 def _reason(line: dict[str, Any]) -> str:
     """Return the last line of what went wrong, or of what was said."""
     said = line.get("text", "").strip().splitlines()
-    return f": {said[-1][:200]}" if said else ""
+    return f": {said[-1][:160]}" if said else ""
 
 
 def cells(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Lines]]:
@@ -399,9 +404,7 @@ def prebuild(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     options = parse(arguments)
-    # What runs in other processes finds machine code, and the system's libnvvm, by these.
-    os.environ["FASTCONV_PREBUILT"] = str(options.cubins.resolve())
-    os.environ["CUDA_HOME"] = _cuda_home()
+    find_libraries(options.cubins)
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if options.show:
         print("\n".join(summary(load(options.out))))

@@ -257,7 +257,7 @@ def stand_in(monkeypatch):
     driver = gpu.Driver(memory)
     bindings = gpu.Bindings(memory)
     monkeypatch.setattr(hardware, "MODE", "emulated")
-    monkeypatch.setattr(hardware, "_gpus", [hardware.Gpu(bindings, driver)])
+    monkeypatch.setattr(hardware, "_gpus", [hardware.Gpu(bindings, driver, "sm_90a")])
     return bindings
 
 
@@ -315,6 +315,18 @@ def test_the_tests_run_through_the_device_and_say_how(tmp_path):
     ]
     assert {line["status"] for line in found.values()} == {"passed"}
     assert len(list(tmp_path.glob("*.kernel"))) == 4
+
+
+def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
+    (tmp_path / "cuda" / "nvvm").mkdir(parents=True)
+    monkeypatch.setattr(gpu_check, "CUDA_HOMES", [tmp_path / "bin", tmp_path / "cuda", tmp_path / "other"])
+    monkeypatch.setattr(os, "environ", {})
+    gpu_check.find_libraries(tmp_path / "cubins")
+    gpu_check.find_libraries(tmp_path / "cubins")
+    assert os.environ == {"FASTCONV_PREBUILT": str(tmp_path / "cubins"), "CUDA_HOME": str(tmp_path / "cuda")}
+    monkeypatch.setattr(os, "environ", {"CUDA_HOME": "/elsewhere"})
+    gpu_check.find_libraries(tmp_path)
+    assert os.environ["CUDA_HOME"] == "/elsewhere"
 
 
 def test_files_that_test_the_tools_are_left_out():

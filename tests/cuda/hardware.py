@@ -24,6 +24,9 @@ import pytest
 from numba.cuda import types
 from numba.cuda.np import numpy_support
 
+from fastconv.cuda import launch
+from fastconv.cuda.compile import compile_kernel
+
 MODE = os.environ.get("FASTCONV_TEST_GPU", "")
 # The architecture that a dry run compiles for.
 ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
@@ -40,19 +43,14 @@ LOST = 70
 class Gpu:
     """The current GPU: arrays go there and back through `cuda.bindings`, kernels run through `launch.Launcher`."""
 
-    def __init__(self, bindings: Any, driver: Any = None) -> None:
-        from fastconv.cuda import launch
-
-        self.architecture = ARCHITECTURE if driver else launch.architecture()
-        self._cuda, self._driver = bindings, driver or launch.driver()
+    def __init__(self, bindings: Any, driver: Any, architecture: str) -> None:
+        self._cuda, self._driver, self.architecture = bindings, driver, architecture
 
     def run(
         self, kernel: Any, grid: Any, block: Any, arguments: Any, shared_bytes: int, signature: Any, launch_bounds: Any
     ) -> None:
         """Compile and launch a kernel on NumPy arrays, the first of its arguments, which are written in place."""
-        from fastconv.cuda import compile, launch
-
-        code = compile.compile_kernel(kernel, signature, self.architecture, launch_bounds)
+        code = compile_kernel(kernel, signature, self.architecture, launch_bounds)
         if MODE == "emulated":
             self._driver.functions[code.entry] = kernel, signature, launch_bounds
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
@@ -140,14 +138,17 @@ def _type(value: Any) -> Any:
 
 
 _gpus: list[Gpu] = []
+# Tests put another in its place.
+_real_driver = launch.driver
 
 
 def gpu() -> Gpu:
     """Return the GPU, or what stands for it."""
     if not _gpus:
-        from cuda.bindings import driver
+        from cuda.bindings import driver as bindings
 
-        _gpus.append(Gpu(driver))
+        driver = _real_driver()
+        _gpus.append(Gpu(bindings, driver, launch.architecture(driver)))
     return _gpus[0]
 
 
@@ -160,7 +161,7 @@ def take_over() -> None:
         from fastconv.cuda.emulator import emulate as emulated
 
         memory = stand_ins.Memory()
-        _gpus.append(Gpu(stand_ins.Bindings(memory), stand_ins.Driver(memory, emulated)))
+        _gpus.append(Gpu(stand_ins.Bindings(memory), stand_ins.Driver(memory, emulated), ARCHITECTURE))
     module = ModuleType("fastconv.cuda.emulator")
     module.emulate = emulate  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
