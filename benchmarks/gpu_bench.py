@@ -40,7 +40,7 @@ IMAGES = 2
 BUDGET, REPEATS = 0.03, 30
 # More than any cache holds.
 FLUSHED_BYTES = 256 << 20
-# Bytes of workspace.
+# The most bytes of workspace.
 LIMIT = 2**30
 # Dtypes and formats, and kinds of layers, the most important first.
 MODES = (
@@ -278,19 +278,21 @@ class ConvUnit(Unit):
         # Ours is (K, C, R, S) in memory in either format.
         weight = weight.contiguous()
         out = torch.empty_like({"forward": grad, "input_grad": x, "weight_grad": weight}[self.direction])
-        buffers = algorithm.workspace(self.geometry, self.direction, LIMIT)
+        buffers, steps = self._plan(algorithm)
         tensors = {"x": x, "weight": weight, "grad_output": grad, "out": out}
         predicted = 1e6 * algorithm.seconds(self.geometry, self.direction, self.device.architecture)
         facts = {"workspace": registry.workspace_bytes(buffers), "predicted_us": round(predicted, 2)}
-        return self.launched(self._steps(algorithm), buffers, tensors), facts
+        return self.launched(steps, buffers, tensors), facts
 
-    def _steps(self, algorithm: Any) -> list[Step]:
-        how = (self.direction, None, False, self.device.architecture, LIMIT)
-        return algorithm.implementation.steps(self.geometry, *how)
+    def _plan(self, algorithm: Any) -> tuple[dict[str, Any], list[Step]]:
+        """Return the workspace and the launches of an algorithm, which are told how much that is."""
+        buffers = algorithm.workspace(self.geometry, self.direction, LIMIT)
+        how = (self.direction, None, False, self.device.architecture, registry.workspace_bytes(buffers))
+        return buffers, algorithm.implementation.steps(self.geometry, *how)
 
     def steps(self) -> list[Step]:
         """Return those of every algorithm."""
-        return [step for algorithm in self._able() for step in self._steps(algorithm)]
+        return [step for algorithm in self._able() for step in self._plan(algorithm)[1]]
 
 
 class PoolUnit(Unit):
