@@ -87,7 +87,7 @@ def watch(
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         output.seek(0)
-        tail = output.read()[-1500:]
+        tail = output.read()[-3000:]
     return how or ("done" if child.returncode in fine else "crashed"), tail
 
 

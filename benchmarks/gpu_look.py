@@ -59,6 +59,8 @@ def guarded(key: str, work: Callable[[], dict[str, Any]], **facts: Any) -> None:
     except Exception:
         found = {"status": "failed", "text": traceback.format_exc()[-1500:]}
     hardware.write(key=key, **facts, **found, seconds=round(perf_counter() - start, 3))
+    if found["status"] == "failed" and hardware.is_lost():
+        os._exit(hardware.LOST)
 
 
 def look() -> None:

@@ -175,6 +175,18 @@ def lost(message: str) -> None:
     os._exit(LOST)
 
 
+def is_lost() -> bool:
+    """Return True if the device has faulted: this process can launch nothing any more."""
+    try:
+        from cuda.bindings import driver
+
+        (status,) = driver.cuCtxSynchronize()
+    except (ImportError, RuntimeError):
+        return False
+    # From 700 on are faults of kernels.
+    return int(status) >= 700
+
+
 # --- what pytest is told ---------------------------------------------------------------------------------------
 
 
