@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test lint format types bench panel bench-check gpu-check clean
+.PHONY: help env compare test lint format types bench panel bench-check gpu-check gpu-cubins clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ panel: $(STAMP)  ## time the panel of layers against PyTorch; goes on where it s
 
 bench-check: $(STAMP)  ## name what got slower against PyTorch than the committed results say (ARGS="--all")
 	@$(BIN)/python -m benchmarks.panel --check $(ARGS)
+
+gpu-check:  ## on a GPU, with the python3 that is there: tests, sanitizer and benchmark (ARGS="--minutes 5")
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+gpu-cubins: $(STAMP)  ## without one: compile what gpu-check launches, to take along in .cubins
+	@$(BIN)/python -m benchmarks.gpu_check --prebuild --minutes 60 $(ARGS)
 
 clean:  ## remove caches and the environment
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -3,12 +3,16 @@
 Numba translates the kernel to NVVM IR, libnvvm to PTX, nvJitLink to the machine code of one architecture. Helpers are
 plain functions too: they become device functions here, inlined. Machine code is kept on disk, one file per kernel,
 under the digest of everything that it depends on. fast-math is off: sums of products contract, nothing else changes.
+
+A directory named by FASTCONV_PREBUILT is looked in first and added to. Its files travel: what they are found by is the
+source and the architecture, not the versions of Python and of the toolchain, which need not be there to read them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 import subprocess
@@ -99,19 +103,16 @@ def compile_kernel(
     """
     target = Architecture.named(architecture)
     target.check(functions.reached(function))
-    tools = toolchain.require()
     options = {"launch_bounds": launch_bounds, "max_registers": max_registers}
-    depends_on = [
-        functions.digest(function),
-        list(map(str, signature)),
-        architecture,
-        options,
-        list(tools),
-        _OWN_DIGEST,
-    ]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    name = function.__name__
-    return _load(name, key) or _save(key, _compile(function, tuple(signature), target, launch_bounds, max_registers))
+    how = (list(map(str, signature)), architecture, options, _OWN_DIGEST)
+    prebuilt = os.environ.get("FASTCONV_PREBUILT")
+    if prebuilt:
+        travelling = _path(Path(prebuilt), function, _key(functions.digest(function, portable=True), *how))
+        if made := _load(*travelling):
+            return made
+    place = _path(directory(), function, _key(functions.digest(function), *how, list(toolchain.require())))
+    made = _load(*place) or _save(*place, _compile(function, tuple(signature), target, launch_bounds, max_registers))
+    return _save(*travelling, made) if prebuilt else made
 
 
 # --- the compilers ---------------------------------------------------------------------------------------------
@@ -459,19 +460,23 @@ def directory() -> Path:
     return tuning.directory() / "cuda"
 
 
-def _path(name: str, key: str) -> Path:
-    return directory() / f"{re.sub(r'[^A-Za-z0-9_]', '_', name)[:60]}.{key[:32]}.kernel"
+def _key(*depends_on: Any) -> str:
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
 
-def _load(name: str, key: str) -> CompiledKernel | None:
+def _path(folder: Path, function: Any, key: str) -> tuple[Path, str]:
+    """Return the file of a kernel, and its key."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9_]', '_', function.__name__)[:60]}.{key[:32]}.kernel", key
+
+
+def _load(path: Path, key: str) -> CompiledKernel | None:
     """Return a kernel from the disk; None, with a warning, for a file that is damaged."""
-    path = _path(name, key)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn_once(f"compiled CUDA kernels in {directory()} cannot be read ({error})")
+        _warn_once(f"compiled CUDA kernels in {path.parent} cannot be read ({error})")
         return None
     digest, payload = content[:32], content[32:]
     if digest != hashlib.sha256(key.encode() + payload).digest():
@@ -481,12 +486,11 @@ def _load(name: str, key: str) -> CompiledKernel | None:
     return CompiledKernel(cubin=cubin, **json.loads(header))
 
 
-def _save(key: str, compiled: CompiledKernel) -> CompiledKernel:
+def _save(path: Path, key: str, compiled: CompiledKernel) -> CompiledKernel:
     """Write one file, in one step, or warn that it cannot be."""
     header = asdict(compiled)
     cubin = header.pop("cubin")
     payload = json.dumps(header).encode() + b"\n" + cubin
-    path = _path(compiled.name, key)
     fresh = path.with_suffix(f".{uuid.uuid4().hex[:16]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,8 @@ def emulate(
     shared_bytes: int = 0,
     architecture: str = "sm_90a",
     seed: int | None = None,
+    signature: Sequence[Any] | None = None,
+    launch_bounds: int | tuple[int, ...] | None = None,
 ) -> Report:
     """Run a kernel on the CPU and return what its memory accesses cost.
 
@@ -82,6 +84,8 @@ def emulate(
         Instructions that it lacks are refused, and its limit on shared memory holds.
     seed : int, optional
         Run the warps, and the threads of each, in an order drawn anew at every turn.
+    signature, launch_bounds : optional
+        What the kernel would be compiled with: arguments and blocks that compiled code would misread are refused.
 
     Raises
     ------
@@ -103,11 +107,25 @@ def emulate(
     function: Any = getattr(kernel, "py_func", kernel)
     target = Architecture.named(architecture)
     target.check(functions.reached(function))
+    if signature is not None:
+        _check_types(function, signature, arguments)
+    if launch_bounds is not None and math.prod(_triple(block)) > _triple(launch_bounds)[0]:
+        raise EmulationError(f"{kernel.__name__} is compiled for {launch_bounds} threads, not for blocks of {block}")
     # Threads run in a copy of the context that the machine is made in, and NumPy's error state is part of it.
     with np.errstate(all="ignore"):
         machine = _Machine(function, _triple(grid), _triple(block), shared_bytes, target, seed)
         machine.run(arguments)
     return machine.report()
+
+
+def _check_types(function: Any, signature: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """Refuse arrays and numbers that are not of the types that a kernel is compiled for; an absent array is empty."""
+    for name, kind, value in zip(function.__code__.co_varnames, signature, arguments):
+        is_array = isinstance(value, np.ndarray)
+        stored = kind.dtype if is_array and isinstance(kind, types.CPointer) else kind
+        given = getattr(value, "dtype", None)
+        if given is not None and not (is_array and not value.size) and numpy_support.as_dtype(stored) != given:
+            raise EmulationError(f"{function.__name__}: {name} is compiled as {kind} and given as {given}")
 
 
 def _triple(sizes: int | Sequence[int]) -> tuple[int, int, int]:

@@ -83,26 +83,33 @@ def rebuilt(function: types.FunctionType, replace: Callable[[Any], Any]) -> type
     return copy
 
 
-def digest(function: types.FunctionType) -> str:
-    """Return a digest of a kernel and all it reaches: the same in every process, another after any change."""
+def digest(function: types.FunctionType, portable: bool = False) -> str:
+    """Return a digest of a kernel and all it reaches: the same in every process, another after any change.
+
+    A portable one is the same in every version of Python, and another after any change to the files that are reached.
+    """
     found: dict[int, int] = {}
     lines: list[str] = []
-    _describe(function, found, lines)
+    _describe(function, found, lines, _place if portable else _code)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _describe(value: Any, found: dict[int, int], lines: list[str]) -> str:
+def _describe(value: Any, found: dict[int, int], lines: list[str], body_of: Callable[[types.CodeType], str]) -> str:
     """Return a name for a value that is the same in every process; add what stands behind it to `lines`."""
     if isinstance(value, types.FunctionType) or is_intrinsic(value):
         if id(value) not in found:
             found[id(value)] = len(found)
-            body = _function(value, found, lines) if isinstance(value, types.FunctionType) else _intrinsic(value)
+            if isinstance(value, types.FunctionType):
+                used = [f"{name}={_describe(v, found, lines, body_of)}" for name, v in references(value)]
+                body = f"{body_of(value.__code__)} {value.__defaults__!r} {used}"
+            else:
+                body = _intrinsic(value)
             lines.append(f"{found[id(value)]}: {body}")
         return f"<{found[id(value)]}>"
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, tuple):
-        return f"({', '.join(_describe(v, found, lines) for v in value)})"
+        return f"({', '.join(_describe(v, found, lines, body_of) for v in value)})"
     if isinstance(value, (bool, int, float, str, type(None))) or type(value).__module__.startswith("numba."):
         return f"{type(value).__name__} {value!s}"
     if isinstance(value, type) or inspect.isbuiltin(value):
@@ -112,14 +119,21 @@ def _describe(value: Any, found: dict[int, int], lines: list[str]) -> str:
     )
 
 
-def _function(function: types.FunctionType, found: dict[int, int], lines: list[str]) -> str:
-    used = [f"{name}={_describe(value, found, lines)}" for name, value in references(function)]
-    return f"{_code(function.__code__)} {function.__defaults__!r} {used}"
-
-
 def _code(code: types.CodeType) -> str:
     constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_varnames} {code.co_freevars} {code.co_argcount}"
+
+
+def _place(code: types.CodeType) -> str:
+    """Return where a function is defined, and what its file says."""
+    names = _names(code, "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD")
+    arguments = code.co_varnames[: code.co_argcount]
+    return f"{code.co_name} {arguments} {names} {code.co_firstlineno} {_file_digest(code.co_filename)}"
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _intrinsic(value: Any) -> str:

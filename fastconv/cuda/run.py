@@ -63,6 +63,7 @@ def emulated(
             emulate(
                 step.kernel, step.grid, step.block, *given, *numbers,
                 shared_bytes=step.shared_bytes, architecture=architecture, seed=seed,
+                signature=step.signature, launch_bounds=step.launch_bounds,
             )
         )  # fmt: skip
     return reports

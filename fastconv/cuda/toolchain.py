@@ -11,6 +11,8 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..errors import MissingDependencyError
 
 INSTALL = "pip install 'fastconv[cuda13]' (or 'fastconv[cuda12]')"
@@ -99,7 +101,19 @@ def import_cuda() -> Any:
         raise MissingDependencyError(
             f"CUDA kernels need numba-cuda, not the deprecated CUDA target within Numba: {INSTALL}"
         )
+    _finish_import()
     return cuda
+
+
+@lru_cache(maxsize=1)
+def _finish_import() -> None:
+    """Load what numba-cuda loads late: up to 0.30.4 it looks for `numpy.row_stack`, which NumPy 2.5 has no more."""
+    if "row_stack" not in vars(np):
+        vars(np)["row_stack"] = np.vstack
+        try:
+            from numba.cuda.np import arrayobj  # noqa: F401
+        finally:
+            del vars(np)["row_stack"]
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,18 +116,49 @@ class Cupy:
         return self.asarray(np.take(array.host, indices.host, axis))
 
 
+class Status(int):
+    """An answer of the driver, 0 if all is well."""
+
+    name = property(lambda self: "CUDA_SUCCESS" if not self else "CUDA_ERROR_ILLEGAL_ADDRESS")
+
+
+class Bindings:
+    """Those functions of `cuda.bindings.driver` that copy, over host memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        # With a fault, the stream never comes past what is launched.
+        self.memory, self.faults = memory, False
+
+    def cuMemAlloc(self, nbytes: int) -> tuple[Status, int]:
+        return Status(), self.memory.new((nbytes,), np.uint8).ctypes.data
+
+    def cuMemcpyHtoD(self, target: int, source: int, nbytes: int) -> tuple[Status]:
+        ctypes.memmove(target, source, nbytes)
+        return (Status(),)
+
+    def cuMemcpyDtoH(self, target: int, source: int, nbytes: int) -> tuple[Status]:
+        return self.cuMemcpyHtoD(target, source, nbytes)
+
+    def cuMemFree(self, address: int) -> tuple[Status]:
+        self.memory.blocks = [b for b in self.memory.blocks if b.ctypes.data != address]
+        return (Status(),)
+
+    def cuStreamQuery(self, stream: int) -> tuple[Status]:
+        return (Status(700 if self.faults else 0),)
+
+
 class Driver:
     """A driver that emulates, and counts."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-        self.functions: dict[str, tuple[Any, Any]] = {}
+    def __init__(self, memory: Memory, emulate: Any = emulate) -> None:
+        self.memory, self.emulate = memory, emulate
+        self.functions: dict[str, tuple[Any, Any, Any]] = {}
         self.loads, self.launches = 0, []
 
     def compile(self, function: Any, signature: Any, architecture: str, launch_bounds: Any = None) -> CompiledKernel:
         """Stand for `compile_kernel`."""
         entry = f"{function.__name__} {id(function)} {signature}"
-        self.functions[entry] = function, signature
+        self.functions[entry] = function, signature, launch_bounds
         return CompiledKernel(entry.encode(), entry, function.__name__, 32, 0, 0, 0, architecture)
 
     def device(self) -> int:
@@ -156,11 +188,14 @@ class Driver:
         return 1e-3 * (last - first)
 
     def launch(self, stream: int, configuration: Any, kernel: Any, arguments: Any) -> None:
-        (function, signature), (grid, block, shared_bytes) = kernel, configuration
+        (function, signature, launch_bounds), (grid, block, shared_bytes) = kernel, configuration
         self.launches.append((function.__name__, stream))
         given = [
             self.memory.at(value, numpy_support.as_dtype(kind.dtype)) if isinstance(kind, types.CPointer) else value
             for value, kind in zip(arguments, signature)
         ]
         assert len(arguments) == len(signature)
-        emulate(function, grid, block, *given, shared_bytes=shared_bytes)
+        self.emulate(
+            function, grid, block, *given,
+            shared_bytes=shared_bytes, signature=signature, launch_bounds=launch_bounds,
+        )  # fmt: skip

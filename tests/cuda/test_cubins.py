@@ -209,6 +209,31 @@ def test_a_directory_that_was_filled_and_is_read_only_serves(cache, compilations
     assert not list(cache.glob("*.tmp"))
 
 
+def test_prebuilt_kernels_serve_where_nothing_can_be_compiled(cache, compilations, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_PREBUILT", str(tmp_path / "prebuilt"))
+    first = compile_add()
+    assert len(list((tmp_path / "prebuilt").iterdir())) == len(list(cache.iterdir())) == 1
+    shutil.rmtree(cache)
+
+    def nothing():
+        raise fastconv.MissingDependencyError("libnvvm cannot be loaded")
+
+    monkeypatch.setattr(toolchain, "require", nothing)
+    assert compile_add() == first
+    assert compilations == ["add_vectors"]
+    with pytest.raises(fastconv.MissingDependencyError, match="libnvvm"):
+        compile_add(max_registers=32)
+
+
+def test_a_portable_key_is_of_files_lines_and_constants_and_of_no_bytecode(monkeypatch):
+    keys = [functions.digest(kernels.stencil(64, taps), portable=True) for taps in (3, 5, 5)]
+    assert keys[0] != keys[1] == keys[2]
+    monkeypatch.setattr(functions, "_code", lambda code: pytest.fail("differs between versions of Python"))
+    assert functions.digest(kernels.stencil(64, 5), portable=True) == keys[1]
+    monkeypatch.setattr(functions, "_file_digest", lambda path: "changed")
+    assert functions.digest(kernels.stencil(64, 5), portable=True) != keys[1]
+
+
 # What a kernel depends on, each with a change that must give it another key.
 SOURCE = """
 from numba import cuda
@@ -308,6 +333,21 @@ def test_what_cannot_be_compiled_is_refused(kernel, error, message):
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(fastconv.ArgumentError, match=r"architecture must be one of sm_75, .*, not 'sm_70'"):
         compile_kernel(kernels.add_vectors, kernels.ADD_VECTORS, "sm_70")
+
+
+def test_numba_cuda_works_with_a_numpy_that_has_no_row_stack():
+    script = f"""
+import sys
+import numpy as np
+if vars(np).pop("row_stack", None):
+    np.__all__.remove("row_stack")
+sys.path.insert(0, {str(Path(kernels.__file__).parent)!r})
+import kernels
+from fastconv.cuda.compile import to_ptx
+from fastconv.cuda.architecture import Architecture
+print(to_ptx(kernels.add_vectors, kernels.ADD_VECTORS, Architecture.named("sm_80"))[1], "row_stack" in vars(np))
+"""
+    assert run_python(script) == "add_vectors False\n"
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,17 @@ def test_limits_of_the_architecture_hold():
         emulate(two_writers, 1, (1024, 2), *arguments)
 
 
+def test_arguments_are_of_the_types_that_the_kernel_is_compiled_for():
+    x, n = np.ones(4, np.float32), np.int32(4)
+    emulate(kernels.add_vectors, 1, 32, x, x, np.ones(4, np.float32), n, signature=kernels.ADD_VECTORS)
+    with pytest.raises(faults.EmulationError, match=r"add_vectors: y is compiled as float32\* and given as float64"):
+        emulate(kernels.add_vectors, 1, 32, x, np.ones(4), x, n, signature=kernels.ADD_VECTORS)
+    with pytest.raises(faults.EmulationError, match="n is compiled as int32 and given as int64"):
+        emulate(kernels.add_vectors, 1, 32, x, x, x, np.int64(4), signature=kernels.ADD_VECTORS)
+    with pytest.raises(faults.EmulationError, match="compiled for 16 threads, not for blocks of 32"):
+        emulate(kernels.add_vectors, 1, 32, x, x, x, n, launch_bounds=16)
+
+
 def test_what_is_not_emulated_says_so():
     def kernel(x):
         cuda.nanosleep(x)

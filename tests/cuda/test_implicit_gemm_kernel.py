@@ -9,10 +9,9 @@ from support import DIRECTIONS, LAYOUTS, conv_problem, whole
 
 import fastconv
 from fastconv import reference
-from fastconv.cuda import implicit_gemm
+from fastconv.cuda import implicit_gemm, run
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
-from fastconv.cuda.emulator import emulate
 from fastconv.cuda.epilogue import ACTIVATIONS
 from fastconv.cuda.gemm_kernels import Tile
 from fastconv.testing import ConvCase, assert_close
@@ -27,16 +26,7 @@ def run_steps(steps, arrays, workspace, seed=None, architecture="sm_90a"):
     for name, buffer in workspace.items():
         poison = np.nan if buffer.dtype.kind == "f" else -(1 << 20)
         buffers[name] = np.full(buffer.shape, poison, buffer.dtype)
-    reports = []
-    for step in steps:
-        given = [
-            {**arrays, **buffers}.get(a, np.empty(0, np.float32)) if isinstance(a, str) else a for a in step.arguments
-        ]
-        reports.append(
-            emulate(step.kernel, step.grid, step.block, *given, shared_bytes=step.shared_bytes,
-                    architecture=architecture, seed=seed)
-        )  # fmt: skip
-    return reports
+    return run.emulated(steps, {**arrays, **buffers}, seed, architecture)
 
 
 def compute(problem, layout, direction, tile=SMALL, activation=None, bias=True, seed=None, architecture="sm_90a"):

@@ -1,0 +1,414 @@
+"""The benchmark on a GPU: every algorithm against PyTorch, in all formats, dtypes and directions, and pools.
+
+`python -m benchmarks.gpu_bench` is what `gpu_check` runs last, in a process of its own, until it is ended. Device time
+is what events say around one call: caches are emptied before it, and the GPU is kept waiting until the host is ahead,
+so that the host's own time does not count. That is measured apart: calls that nobody waits for. Results are compared
+with float64 before they are timed. PyTorch has the memory; kernels get addresses.
+
+With --prebuild the kernels are compiled and nothing else happens, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import fastconv
+from fastconv import registry
+from fastconv.cuda import compile, launch, pool, run
+from fastconv.cuda.steps import Step
+from fastconv.geometry import DATA_FORMATS, DIRECTIONS
+from fastconv.testing import tolerance
+
+from . import check, workloads
+from .cells import POOLS, Pool
+from .gpu_look import LIMITS, PUBLIC, guarded, hardware, host_seconds, kernels, numpy_dtype
+from .timing import Timing
+from .workloads import Workload
+
+# The panel's batches are a CPU's: so many times as large fills a GPU.
+BATCH = 8
+# Images of a result that are compared with float64.
+IMAGES = 2
+# Seconds of measuring a call, and the most repeats.
+BUDGET, REPEATS = 0.03, 30
+# More than any cache holds.
+FLUSHED_BYTES = 256 << 20
+# The most bytes of workspace.
+LIMIT = 2**30
+# Dtypes and formats, and kinds of layers, the most important first.
+MODES = (
+    ("channels_first", "float32"), ("channels_last", "float16"), ("channels_last", "float32"),
+    ("channels_last", "bfloat16"), ("channels_first", "float16"), ("channels_first", "bfloat16"),
+)  # fmt: skip
+KINDS = ("3x3 stride 1", "1x1", "depthwise", "first layer", "other dense", "grouped")
+
+# What is timed, which returns its result, and facts to store with it.
+Prepared = tuple[Callable[[], Any], dict[str, Any]]
+
+
+class Cuda:
+    """PyTorch's GPU."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch, self.architecture = torch, launch.architecture()
+        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+    def address(self, tensor: Any) -> int:
+        """Return where a tensor begins."""
+        return tensor.data_ptr()
+
+    def workspace(self, call: Callable[[], Any]) -> int:
+        """Return the bytes that PyTorch lends during a call, beyond its result."""
+        cuda = self._torch.cuda
+        cuda.synchronize()
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        result = call()
+        return cuda.max_memory_allocated() - before - result.nbytes
+
+    def measure(self, call: Callable[[], Any]) -> tuple[Timing, float]:
+        """Return the seconds that a call keeps the GPU busy, and those that it costs the host."""
+        cuda = self._torch.cuda
+        cuda.synchronize()
+        start = perf_counter()
+        call()
+        cuda.synchronize()
+        once = perf_counter() - start
+        host = host_seconds(call, cuda.synchronize, *((10, 5) if once < BUDGET / 10 else (1, 3)))
+        repeats = int(min(max(BUDGET / once, 3), REPEATS))
+        events = [[cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        # Cycles of some 2 GHz in which the GPU waits.
+        cuda._sleep(int(2e9 * min(repeats * (host + 30e-6), 0.05)))
+        for before, after in events:
+            self._flushed.zero_()
+            before.record()
+            call()
+            after.record()
+        cuda.synchronize()
+        return Timing.of([1e-3 * before.elapsed_time(after) for before, after in events]), host
+
+
+def bench(device: Any) -> None:
+    """Measure, the most important first."""
+    guarded("copy", partial(copy_bandwidth, device))
+    for unit in units(device):
+        unit.measure()
+
+
+def units(device: Any) -> Iterator[Unit]:
+    """Yield what is measured: a layer of each kind in all ways first, then pools, then the next layer of each kind."""
+    layers = [w.with_batch(BATCH * w.x_shape[0]) for w in workloads.panel()]
+    ranked = [_from_the_middle([w for w in layers if workloads.kind(w) == kind]) for kind in KINDS]
+    for rank in range(max(map(len, ranked))):
+        chosen = [kind[rank] for kind in ranked if rank < len(kind)]
+        for direction, mode, workload in itertools.product(DIRECTIONS, MODES, chosen):
+            yield ConvUnit(device, workload, direction, *mode)
+        if rank == 0:
+            operations = itertools.product(("max_pool", "avg_pool"), DIRECTIONS[:2])
+            for mode, one, (operation, direction) in itertools.product(MODES[:2], POOLS, list(operations)):
+                yield PoolUnit(device, one, operation, direction, *mode)
+
+
+def _from_the_middle(layers: list[Workload]) -> list[Workload]:
+    """Return layers of ordinary size first, the smallest and the largest last."""
+    layers = sorted(layers, key=lambda w: w.geometry().flops)
+    return [layers[i] for i in sorted(range(len(layers)), key=lambda i: abs(i - len(layers) // 2))]
+
+
+def copy_bandwidth(device: Any, nbytes: int = 2 << 30) -> dict[str, Any]:
+    """Return bytes read and written per second by a large copy."""
+    import torch
+
+    source = torch.ones(nbytes // 4, device=device.name)
+    target = torch.empty_like(source)
+    return {"bytes_per_s": 2 * nbytes / device.measure(lambda: target.copy_(source))[0].median}
+
+
+class Unit:
+    """One thing to compute, by whoever can: `key` names it, `facts` are stored with it."""
+
+    facts: dict[str, Any]
+
+    def __init__(self, device: Any, network: str, layer: str, direction: str, data_format: str, dtype: str) -> None:
+        self.device, self.direction, self.data_format, self.dtype = device, direction, data_format, dtype
+        names = ("network", "layer", "direction", "data_format", "dtype")
+        self.where = dict(zip(names, (network, layer, direction, data_format, dtype)))
+        self.key = " | ".join(self.where.values())
+
+    def contenders(self) -> Iterator[tuple[str, Callable[[], Prepared]]]:
+        """Yield who computes it, and the function that prepares that."""
+        raise NotImplementedError
+
+    def error(self, result: Any) -> float:
+        """Return the RMS error of a result; NaN if any of it is."""
+        raise NotImplementedError
+
+    def limit(self, who: str) -> float:
+        """Return the largest error of ours that is right."""
+        return LIMITS[self.dtype]
+
+    def steps(self) -> list[Step]:
+        """Return all launches of ours."""
+        raise NotImplementedError
+
+    def measure(self) -> None:
+        """Time all contenders."""
+        for who, prepare in self.contenders():
+            work = partial(self._measured, who, prepare)
+            guarded(f"{self.key} | {who}", work, who=who, **self.where, **self.facts)
+
+    def _measured(self, who: str, prepare: Callable[[], Prepared]) -> dict[str, Any]:
+        call, facts = prepare()
+        try:
+            rms = self.error(call())
+        except RuntimeError as error:
+            # No reference, or a call that will fail again when it is timed.
+            rms, facts = float("nan"), {**facts, "text": str(error)[-300:]}
+        found, host = self.device.measure(call)
+        times = {"us": found.median, "us_q20": found.q20, "us_q80": found.q80, "host_us": host}
+        right = who.startswith("torch") or rms <= self.limit(who)
+        rounded = {name: round(1e6 * seconds, 2) for name, seconds in times.items()}
+        shown = float(f"{rms:.2g}") if rms == rms else None
+        return {"status": "ok" if right else "wrong", **rounded, "rms": shown, **facts}
+
+    def launched(self, steps: Any, buffers: Any, tensors: dict[str, Any]) -> Callable[[], Any]:
+        """Return the call that launches steps on tensors and lent memory, and gives back "out"."""
+        import torch
+
+        lent = {n: torch.empty(b.nbytes, dtype=torch.uint8, device=self.device.name) for n, b in buffers.items()}
+        held = {**tensors, **lent}
+        addresses = {name: self.device.address(tensor) for name, tensor in held.items()}
+        launches = run.ready(steps, self.device.architecture)
+        held["out"].fill_(float("nan"))
+
+        def call() -> Any:
+            run.launched(launches, addresses)
+            return held["out"]
+
+        return call
+
+    def random(self, seed: int, shape: tuple[int, ...]) -> Any:
+        """Return normally distributed operands, the same every time, with their channels last in memory if so here."""
+        import torch
+
+        generator = torch.Generator(self.device.name).manual_seed(seed)
+        made = torch.randn(shape, generator=generator, device=self.device.name).to(getattr(torch, self.dtype))
+        formats = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+        return made.contiguous(memory_format=formats[self.data_format])
+
+
+class ConvUnit(Unit):
+    """A convolution in one direction: PyTorch without and with TF32, and every algorithm."""
+
+    def __init__(self, device: Any, workload: Workload, direction: str, data_format: str, dtype: str) -> None:
+        super().__init__(device, workload.network, workload.name, direction, data_format, dtype)
+        self.workload, own = workload, numpy_dtype(dtype)
+        g = self.geometry = workload.geometry(data_format, own).lifted(data_format, own)
+        self.facts = {"kind": workloads.kind(workload), "gflop": g.flops * 1e-9, "mbytes": g.bytes * 1e-6}
+
+    @cached_property
+    def operands(self) -> tuple[Any, Any, Any]:
+        """Input, weight and gradient of the output."""
+        shapes = (self.workload.x_shape, self.workload.weight_shape, self.workload.geometry().output_shape)
+        return tuple(self.random(i, shape) for i, shape in enumerate(shapes))
+
+    @cached_property
+    def expected(self) -> Any:
+        """What float64 makes of the first images, or of all of them for the gradient of the weight."""
+        x, weight, grad = (tensor.double().contiguous() for tensor in self.operands)
+        images = None if self.direction == "weight_grad" else IMAGES
+        return self._torch_call(x[:images], weight, grad[:images])()
+
+    def error(self, result: Any) -> float:
+        """Return the error of what float64 was made of."""
+        if not result.isfinite().all():
+            return float("nan")
+        gap = result[: len(self.expected)].double() - self.expected
+        return float((gap.square().mean() / self.expected.square().mean()).sqrt())
+
+    def limit(self, who: str) -> float:
+        """Return the promise of an algorithm, or what rounding to a half type explains."""
+        if self.dtype == "float32":
+            return check.PROMISES[registry.named(who, "cuda")[0].precision]
+        return max(LIMITS[self.dtype], tolerance(self.geometry.dtype, who, self.geometry.reduction_length).rms)
+
+    def contenders(self) -> Iterator[tuple[str, Callable[[], Prepared]]]:
+        """Yield PyTorch first."""
+        yield "torch", partial(self._torch, False)
+        if self.dtype == "float32":
+            yield "torch tf32", partial(self._torch, True)
+        for algorithm in self._able():
+            yield algorithm.name, partial(self._fastconv, algorithm)
+
+    def _able(self) -> list[Any]:
+        return [a for a in registry.on("cuda") if a.supports(self.geometry, self.direction).ok]
+
+    def _torch(self, tf32: bool) -> Prepared:
+        import torch
+
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
+        call = self._torch_call(*self.operands)
+        # The first call looks for the best algorithm, in memory that later ones do without.
+        call()
+        return call, {"workspace": self.device.workspace(call)}
+
+    def _torch_call(self, x: Any, weight: Any, grad: Any) -> Callable[[], Any]:
+        import torch
+
+        w = self.workload
+        pairs = [np.broadcast_to(n, 2).tolist() for n in (w.stride, w.padding, w.dilation)]
+        if self.direction == "forward":
+            return torch.inference_mode()(partial(torch.nn.functional.conv2d, x, weight, None, *pairs, w.groups))
+        mask = [self.direction == "input_grad", self.direction == "weight_grad", False]
+        backward = torch.ops.aten.convolution_backward
+        return torch.inference_mode()(
+            lambda: backward(grad, x, weight, None, *pairs, False, [0, 0], w.groups, mask)[mask.index(True)]
+        )
+
+    def _fastconv(self, algorithm: Any) -> Prepared:
+        import torch
+
+        x, weight, grad = self.operands
+        # Ours is (K, C, R, S) in memory in either format.
+        weight = weight.contiguous()
+        out = torch.empty_like({"forward": grad, "input_grad": x, "weight_grad": weight}[self.direction])
+        buffers, steps = self._plan(algorithm)
+        tensors = {"x": x, "weight": weight, "grad_output": grad, "out": out}
+        predicted = 1e6 * algorithm.seconds(self.geometry, self.direction, self.device.architecture)
+        facts = {"workspace": registry.workspace_bytes(buffers), "predicted_us": round(predicted, 2)}
+        return self.launched(steps, buffers, tensors), facts
+
+    def _plan(self, algorithm: Any) -> tuple[dict[str, Any], list[Step]]:
+        """Return the workspace and the launches of an algorithm, which are told how much that is."""
+        buffers = algorithm.workspace(self.geometry, self.direction, LIMIT)
+        how = (self.direction, None, False, self.device.architecture, registry.workspace_bytes(buffers))
+        return buffers, algorithm.implementation.steps(self.geometry, *how)
+
+    def steps(self) -> list[Step]:
+        """Return those of every algorithm."""
+        return [step for algorithm in self._able() for step in self._plan(algorithm)[1]]
+
+
+class PoolUnit(Unit):
+    """A maximum with its indices or an average, or the gradient of one: PyTorch, and ours, which gets its indices."""
+
+    def __init__(self, device: Any, one: Pool, operation: str, direction: str, data_format: str, dtype: str) -> None:
+        N, C, H, W = one.x_shape
+        window = (one.kernel, one.stride, one.padding)
+        super().__init__(
+            device, operation, f"{N}x{C}x{H}x{W} {one.kernel}x{one.kernel}/{one.stride}", direction, data_format, dtype
+        )
+        self.shape, self.operation, self.is_max = one.x_shape, operation, operation == "max_pool"
+        self.window = [[n, n] for n in window]
+        shape = (N, H, W, C) if data_format == "channels_last" else one.x_shape
+        self.geometry = g = fastconv.PoolGeometry.create(
+            shape, *window, spatial_dims=2, data_format=data_format, average=not self.is_max
+        )
+        item, index = numpy_dtype(dtype).itemsize, 8 * self.is_max
+        written = np.prod(g.output_shape, dtype=float)
+        self.facts = {"kind": "pool", "mbytes": (np.prod(shape, dtype=float) * item + written * (item + index)) * 1e-6}
+
+    @cached_property
+    def x(self) -> Any:
+        """The input."""
+        return self.random(0, self.shape)
+
+    @cached_property
+    def forward(self) -> Any:
+        """What PyTorch makes of it: (values, indices), or (values,)."""
+        import torch
+
+        aten = torch.ops.aten
+        make = aten.max_pool2d_with_indices if self.is_max else lambda *a: (aten.avg_pool2d(*a),)
+        return torch.inference_mode()(make)(self.x, *self.window)
+
+    @cached_property
+    def expected(self) -> Any:
+        """PyTorch's result."""
+        return self._torch()[0]()
+
+    def error(self, result: Any) -> float:
+        """Return the distance from PyTorch."""
+        expected = self.expected.double()
+        return float(((result.double() - expected).square().mean() / expected.square().mean()).sqrt())
+
+    def contenders(self) -> Iterator[tuple[str, Callable[[], Prepared]]]:
+        """Yield both."""
+        yield "torch", self._torch
+        yield self.operation, self._fastconv
+
+    def _torch(self) -> Prepared:
+        import torch
+
+        aten = torch.ops.aten
+        if self.direction == "forward":
+            make = (lambda *a: aten.max_pool2d_with_indices(*a)[0]) if self.is_max else aten.avg_pool2d
+            call = partial(make, self.x, *self.window)
+        elif self.is_max:
+            values, indices = self.forward
+            backward = aten.max_pool2d_with_indices_backward
+            call = partial(backward, values, self.x, *self.window, [1, 1], False, indices)
+        else:
+            call = partial(aten.avg_pool2d_backward, self.forward[0], self.x, *self.window, False, True, None)
+        return torch.inference_mode()(call), {}
+
+    def _fastconv(self) -> Prepared:
+        import torch
+
+        values, *indices = self.forward
+        out = torch.empty_like(values if self.direction == "forward" else self.x)
+        tensors = {"x": self.x, "grad_output": values, "out": out}
+        # The gradient reads PyTorch's, of the same windows and format; the maximum overwrites a copy.
+        tensors |= dict(zip(["indices"], [i.clone() for i in indices]))
+        return self.launched(self.steps(), {}, tensors), {}
+
+    def steps(self) -> list[Step]:
+        """Return those of the one way there is."""
+        make = getattr(pool, self.operation + ("_grad" if self.direction == "input_grad" else ""))
+        return make(self.geometry, numpy_dtype(self.dtype))
+
+
+# --- beforehand ------------------------------------------------------------------------------------------------
+
+
+class Nowhere:
+    """No GPU, but one to build for."""
+
+    name, architecture = "nowhere", hardware.ARCHITECTURE
+
+
+def prebuild() -> None:
+    """Compile what the first look and the benchmark launch."""
+    for kernel, signature in (
+        (kernels.add_vectors, kernels.ADD_VECTORS),
+        (kernels.stencil(64, 5), kernels.STENCIL),
+        (kernels.gemm(3), kernels.GEMM),
+    ):
+        step = Step(kernel, signature, (1,), (1,), ())
+        guarded(kernel.__name__, partial(_build, partial(list, [step])))
+    looked_at = (
+        ConvUnit(Nowhere(), *how) for how in itertools.product(PUBLIC.values(), DIRECTIONS, DATA_FORMATS, LIMITS)
+    )
+    for unit in itertools.chain(looked_at, units(Nowhere())):
+        guarded(unit.key, partial(_build, unit.steps))
+
+
+def _build(steps: Callable[[], list[Step]]) -> dict[str, Any]:
+    for step in steps():
+        compile.compile_kernel(step.kernel, step.signature, hardware.ARCHITECTURE, step.launch_bounds)
+    return {}
+
+
+if __name__ == "__main__":
+    prebuild() if "--prebuild" in sys.argv else bench(Cuda())

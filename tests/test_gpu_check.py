@@ -1,0 +1,344 @@
+"""The check on a GPU, as far as that goes without one: processes that die, what is merged, dry runs of the parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastconv import arrays, cli, registry
+from fastconv.cuda import launch, run
+from fastconv.geometry import DIRECTIONS
+
+torch = pytest.importorskip("torch")
+gpu_check, gpu_bench, gpu_look = (cli._benchmarks(name) for name in ("gpu_check", "gpu_bench", "gpu_look"))
+import gpu  # noqa: E402  # of tests/cuda, which gpu_look adds to the path
+
+hardware = gpu_look.hardware
+ROOT = Path(__file__).parent.parent
+
+
+# --- processes -------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys, time
+path = os.environ["FASTCONV_TEST_GPU_REPORT"]
+lines = [json.loads(line) for line in open(path)]
+def write(**line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\\n")
+for key in {keys!r}:
+    if not any(line.get("key") == key for line in lines):
+        print("working on", key)
+        write(start=key)
+        if key == "dies":
+            os._exit(9)
+        if key == "hangs":
+            time.sleep(60)
+        write(key=key, status="ok")
+"""
+
+
+def through(*keys, done=None, seconds=30.0):
+    command = [sys.executable, "-c", WORKER.format(keys=keys)]
+    return gpu_check.through(command, time.monotonic() + seconds, {}, done or {})
+
+
+def test_what_dies_or_hangs_is_noted_and_the_rest_is_done(monkeypatch):
+    monkeypatch.setattr(gpu_check, "QUIET", 1.0)
+    how, found, _ = through("first", "dies", "between", "hangs", "last")
+    assert how == "done"
+    statuses = {"first": "ok", "dies": "crashed", "between": "ok", "hangs": "hung", "last": "ok"}
+    assert {key: line["status"] for key, line in found.items()} == statuses
+
+
+def test_what_has_been_done_is_not_done_again():
+    how, found, output = through(
+        "first", "dies", "last", done={"dies": {"status": "crashed"}, "first": {"status": "ok"}}
+    )
+    assert (how, list(found)) == ("done", ["dies", "first", "last"])
+    assert "working on first" not in output
+
+
+def test_a_process_that_begins_nothing_is_not_started_for_ever():
+    how, found, output = gpu_check.through([sys.executable, "-c", "raise OSError('no such thing')"], 1e12, {}, {})
+    assert (how, found) == ("crashed", {})
+    assert "no such thing" in output
+
+
+def test_time_is_kept_and_what_was_cut_is_left_for_another_time():
+    start = time.monotonic()
+    how, found, _ = through("first", "hangs", "last", seconds=2.0)
+    assert (how, list(found)) == ("cut", ["first"])
+    assert time.monotonic() - start < 20
+
+
+# --- order and merging -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(tmp_path):
+    return gpu_check.parse(["--out", str(tmp_path / "gpu.json"), "--minutes", "10"])
+
+
+def test_parts_come_in_order_each_until_its_share_of_the_time_and_one_that_fails_stops_no_other(options, capsys):
+    seen = []
+
+    def part(name, ended):
+        def do(results, until):
+            seen.append((name, round((until - time.monotonic()) / 60)))
+            if name == "tests":
+                raise OSError("lost")
+            results[name][name] = {"status": "ok"} if name != "sanitizer" else {"status": "done", "text": "0 errors"}
+            return ended
+
+        return do
+
+    parts = {name: part(name, True) for name in gpu_check.PARTS}
+    assert gpu_check.check(options, parts) == gpu_check.LEFT
+    assert seen == [("look", 2), ("tests", 5), ("sanitizer", 6), ("bench", 10)]
+    kept = json.loads(options.out.read_text())
+    assert kept["look"] == {"look": {"status": "ok"}}
+    assert "OSError: lost" in kept["errors"][0]
+    assert "- sanitizer: done: 0 errors" in options.out.with_suffix(".md").read_text()
+    assert "OSError: lost" in capsys.readouterr().out
+
+
+def test_results_of_other_code_do_not_count(options, monkeypatch):
+    results = gpu_check.load(options.out)
+    results["look"]["machine"] = {"status": "ok", "gpu": "H200"}
+    gpu_check.save(options.out, results)
+    assert gpu_check.load(options.out) == results
+    monkeypatch.setattr(gpu_check.panel, "code", lambda: "changed")
+    assert gpu_check.load(options.out)["look"] == {}
+
+
+def line(who, us, status="ok", direction="forward", **more):
+    where = {"network": "vgg", "layer": "conv1", "direction": direction, "data_format": "channels_last"}
+    facts = {**where, "dtype": "float32", "kind": "1x1", "gflop": 2.0, "mbytes": 3.0, "who": who}
+    times = {"us": us, "host_us": 4.0, "rms": 1e-7} if status != "failed" else {}
+    return {f"vgg | conv1 | {direction} | {who}": {**facts, "status": status, **times, **more}}
+
+
+def test_the_table_has_ratios_of_what_is_right():
+    results = {"code": "c", **{part: {} for part in gpu_check.PARTS}}
+    results["bench"] = {
+        "copy": {"status": "ok", "bytes_per_s": 4e12},
+        **line("torch", 10.0), **line("torch tf32", 5.0), **line("direct", 50.0), **line("winograd", 5.0),
+        **line("wrong", 1.0, "wrong"), **line("failing", 0, "failed", text="Traceback\nValueError: no"),
+        **line("torch", 10.0, direction="input_grad"), **line("direct", 50.0, direction="input_grad"),
+    }  # fmt: skip
+    text = "\n".join(gpu_check.summary(results))
+    assert "Copying moves 4.00 TB/s" in text
+    forward = "- convolution, float32, channels_last, forward, against "
+    assert forward + "torch: best 2.00 (1), winograd 2.00 (1), direct 0.20 (1)" in text
+    assert forward + "torch tf32: best 1.00 (1), winograd 1.00 (1), direct 0.10 (1)" in text
+    rows = gpu_check.table(results)
+    assert (
+        "| vgg conv1 | forward | channels_last | float32 | 10.0 | 5.0 | winograd | 5.0 | 4.0 | 1e-07 | 2.00 "
+        "| 400.0 TFLOP/s, 0.60 TB/s |"
+    ) in rows
+    assert rows[-2:] == [
+        "- vgg conv1, forward, channels_last, float32, wrong: wrong 1e-07",
+        "- vgg conv1, forward, channels_last, float32, failing: failed : ValueError: no",
+    ]
+
+
+# --- dry runs --------------------------------------------------------------------------------------------------
+
+
+class Kept(gpu.Memory):
+    """Host memory that tensors of PyTorch lie in too."""
+
+    def address(self, tensor):
+        nbytes = tensor.numel() * tensor.element_size()
+        view = torch.as_strided(tensor, (tensor.numel(),), (1,)).view(torch.uint8).numpy()[:nbytes]
+        self.blocks.append(view)
+        return tensor.data_ptr()
+
+
+class Device(Kept):
+    """PyTorch's CPU in the GPU's place: kernels are emulated, and no time is taken."""
+
+    name, architecture = "cpu", "sm_90a"
+
+    def workspace(self, call):
+        return 0
+
+    def measure(self, call):
+        call()
+        return gpu_bench.Timing.of([1e-6]), 1e-6
+
+
+@pytest.fixture
+def device(monkeypatch):
+    memory = Device()
+    driver = gpu.Driver(memory)
+    monkeypatch.setattr(launch, "driver", lambda: driver)
+    monkeypatch.setattr(run, "compile_kernel", driver.compile)
+    launch._stream.cache_clear()
+    yield memory
+    launch._stream.cache_clear()
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_TEST_GPU_REPORT", str(tmp_path / "report"))
+    hardware.reported.cache_clear()
+    yield lambda: gpu_check.lines_of(tmp_path / "report")[0]
+    hardware.reported.cache_clear()
+
+
+TINY = gpu_bench.Workload("tiny", "3x3", (3, 2, 4, 5), (4, 2, 3, 3), 1, 1)
+DEPTHWISE = replace(TINY, name="depthwise", weight_shape=(2, 1, 3, 3), groups=2)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_algorithm_is_compared_with_pytorch(device, report, direction, monkeypatch):
+    # One with tables in its workspace, and the cheapest.
+    names = ("direct", "implicit_gemm") if direction == "forward" else ("direct",)
+    ours = [registry.named(name, "cuda")[0] for name in names]
+    monkeypatch.setattr(gpu_bench.registry, "on", lambda device: ours)
+    for layer, (data_format, dtype) in [
+        (TINY, gpu_bench.MODES[0]),
+        (TINY, gpu_bench.MODES[3]),
+        (DEPTHWISE, gpu_bench.MODES[1]),
+    ]:
+        gpu_bench.ConvUnit(device, layer, direction, data_format, dtype).measure()
+    found = report()
+    bad = {key: line for key, line in found.items() if line["status"] != "ok"}
+    assert not bad
+    assert {line["who"] for line in found.values()} == {"torch", "torch tf32", *names}
+    assert found[f"tiny | 3x3 | {direction} | channels_first | float32 | direct"]["rms"] < 1e-6
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS[:2])
+def test_pools_are_compared_with_pytorch(device, report, direction):
+    one = gpu_bench.Pool((1, 8, 6, 8), 3, 2, 1)
+    for operation, mode in (
+        ("max_pool", gpu_bench.MODES[0]),
+        ("avg_pool", gpu_bench.MODES[0]),
+        ("max_pool", gpu_bench.MODES[1]),
+    ):
+        gpu_bench.PoolUnit(device, one, operation, direction, *mode).measure()
+    assert {(line["who"], line["status"]) for line in report().values()} == {
+        ("torch", "ok"), ("max_pool", "ok"), ("avg_pool", "ok"),
+    }  # fmt: skip
+
+
+def test_a_wrong_result_and_an_exception_are_noted(device, report, monkeypatch):
+    ours = registry.named("direct", "cuda")
+    monkeypatch.setattr(gpu_bench.registry, "on", lambda device: ours)
+    unit = gpu_bench.ConvUnit(device, TINY, "forward", *gpu_bench.MODES[0])
+    monkeypatch.setattr(unit, "limit", lambda who: 1e-12)
+    unit.measure()
+    assert report()[f"{unit.key} | direct"]["status"] == "wrong"
+    again = gpu_bench.ConvUnit(device, TINY, "input_grad", *gpu_bench.MODES[0])
+    monkeypatch.setattr(again, "launched", lambda *arguments: 1 / 0)
+    again.measure()
+    assert "ZeroDivisionError" in report()[f"{again.key} | direct"]["text"]
+
+
+def test_one_layer_of_each_kind_comes_first_and_each_thing_once():
+    units = list(gpu_bench.units(gpu_bench.Nowhere()))
+    first = units[: len(gpu_bench.KINDS)]
+    assert [unit.facts["kind"] for unit in first] == list(gpu_bench.KINDS)
+    assert {(unit.direction, unit.data_format, unit.dtype) for unit in first} == {
+        ("forward", "channels_first", "float32")
+    }
+    assert len({unit.key for unit in units}) == len(units) > 1000
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    memory = gpu.Memory()
+    driver = gpu.Driver(memory)
+    bindings = gpu.Bindings(memory)
+    monkeypatch.setattr(hardware, "MODE", "emulated")
+    monkeypatch.setattr(hardware, "_gpus", [hardware.Gpu(bindings, driver, "sm_90a")])
+    return bindings
+
+
+def test_machine_code_that_was_built_beforehand_is_run_and_no_other(stand_in, report, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_PREBUILT", str(tmp_path))
+    for name in gpu_look.PROGRAMS:
+        gpu_look.guarded(f"before {name}", lambda n=name: gpu_look.prebuilt(n))
+        gpu_look.PROGRAMS[name]()
+        gpu_look.guarded(f"after {name}", lambda n=name: gpu_look.prebuilt(n))
+    found = report()
+    assert [found[f"after {name}"]["status"] for name in gpu_look.PROGRAMS] == ["ok"] * 3
+    assert "not been built beforehand" in found["before gemm"]["text"]
+    assert gpu_look.compiled_here()["stack"] == 0
+    assert os.environ["FASTCONV_PREBUILT"] == str(tmp_path)
+
+
+def test_a_device_that_faults_ends_the_process(stand_in, monkeypatch, capfd):
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "")
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.exit(f"status {status}"))
+    stand_in.faults = True
+    with pytest.raises(pytest.exit.Exception, match="status 70"):
+        gpu_look.PROGRAMS["add_vectors"]()
+    assert "add_vectors: CUDA_ERROR_ILLEGAL_ADDRESS" in capfd.readouterr().err
+
+
+def test_public_operations_are_compared_with_the_oracle(monkeypatch):
+    module = gpu.Cupy()
+    driver = gpu.Driver(module.memory)
+    module.asnumpy = lambda array: array.host
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(launch, "driver", lambda: driver)
+    monkeypatch.setattr(run, "compile_kernel", driver.compile)
+    small = {n: replace(w, x_shape=(1, 4, 3, 4), weight_shape=(4, 4 // n, 2, 2)) for n, w in gpu_look.PUBLIC.items()}
+    monkeypatch.setattr(gpu_look, "PUBLIC", small)
+    ours = registry.named("direct", "cuda")
+    monkeypatch.setattr(gpu_look.registry, "on", lambda device: ours)
+    caches = (arrays._cupy_on, launch._stream, run._conv_launches)
+    for cache in caches:
+        cache.cache_clear()
+    found = gpu_look.public_operations("cupy", "float32")
+    for cache in caches:
+        cache.cache_clear()
+    assert (found["status"], found["tried"]) == ("ok", 8)
+    assert found["rms"] < 1e-6
+
+
+def test_the_tests_run_through_the_device_and_say_how(tmp_path):
+    command = [*gpu_check._pytest("tests/cuda/test_ptx.py"), "-k", "mma_multiplies or mma_is_one_instruction"]
+    extra = {"FASTCONV_TEST_GPU": "emulated", "FASTCONV_PREBUILT": str(tmp_path), **gpu_check._QUIET_PYTEST}
+    how, found, output = gpu_check.through(command, time.monotonic() + 120, extra, {}, (0, 1, 5))
+    assert how == "done", output
+    assert [key.partition("::")[2] for key in found] == [
+        f"test_mma_multiplies_matrices[{name}]"
+        for name in ("mma_m16n8k16_float16", "mma_m16n8k16_bfloat16", "mma_m16n8k8_float16", "mma_m16n8k8_tf32")
+    ]
+    assert {line["status"] for line in found.values()} == {"passed"}
+    assert len(list(tmp_path.glob("*.kernel"))) == 4
+
+
+def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
+    (tmp_path / "cuda" / "nvvm").mkdir(parents=True)
+    monkeypatch.setattr(gpu_check, "CUDA_HOMES", [tmp_path / "bin", tmp_path / "cuda", tmp_path / "other"])
+    monkeypatch.setattr(os, "environ", {})
+    gpu_check.find_libraries(tmp_path / "cubins")
+    gpu_check.find_libraries(tmp_path / "cubins")
+    assert os.environ == {"FASTCONV_PREBUILT": str(tmp_path / "cubins"), "CUDA_HOME": str(tmp_path / "cuda")}
+    monkeypatch.setattr(os, "environ", {"CUDA_HOME": "/elsewhere"})
+    gpu_check.find_libraries(tmp_path)
+    assert os.environ["CUDA_HOME"] == "/elsewhere"
+
+
+def test_files_that_test_the_tools_are_left_out():
+    assert gpu_check._host_only() == hardware.NOT_FOR_GPUS
+    assert all((ROOT / "tests" / "cuda" / name).exists() for name in hardware.NOT_FOR_GPUS)
+
+
+def test_the_make_rule_needs_no_environment_of_its_own():
+    rule = re.search(r"^gpu-check:(.*?)##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert rule is not None
+    assert rule[1].strip() == ""
