@@ -18,7 +18,8 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import gemm_kernels, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
+from . import gemm_kernels, roofline, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
+from .architecture import Architecture
 from .blocking import Phase, phases
 from .elements import Element
 from .epilogue import CODES
@@ -37,6 +38,8 @@ THREADS = 128
 MOST_BLOCKS = 65535
 # Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
 ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
+# Not measured: the share of the tensor cores' peak that mma reaches; the newest have other instructions for the whole.
+SHARES, SHARE = {"sm_90": 0.45, "sm_100": 0.2, "sm_103": 0.2}, 0.6
 
 _WORDS, _WORD, _FLAG = CPointer(uint32), np.dtype(np.uint32), np.dtype(np.int32)
 
@@ -51,6 +54,8 @@ class TensorCore:
     """
 
     FUSED = ("forward", "input_grad")
+    # The lowest compute capability, ten times, that has mma of these sizes and asynchronous copies.
+    since = 80
 
     def __init__(self, units: dict[str, Units]) -> None:
         self.units = units
@@ -64,6 +69,24 @@ class TensorCore:
         if g.groups > MOST_BLOCKS or -(-lines // 16) > MOST_BLOCKS:
             return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups and {lines} filters"
         return True, ""
+
+    def seconds(self, geometry: ConvGeometry, direction: str, architecture: str) -> float:
+        """Predicted time: products of whole tiles at a share of the peak, or what all launches move; not measured."""
+        g, units, there = geometry, self.units[geometry.dtype.name], roofline.peak(architecture)
+        if Architecture.named(architecture).capability < self.since:
+            return math.inf
+        names = ("x", "grad_output") if direction == "weight_grad" else (_source(direction),)
+        moved = g.bytes + 2 * sum(b.nbytes for name in names for b in Pixels.of(g, name, units).buffers().values())
+        if direction == "weight_grad":
+            share = Share.of(g, units, 1 << 30, None)
+            products, launches = share.products, 3
+            moved += 8 * share.splits * share.part
+        else:
+            found = [Places.of(g, direction, phase, units, None) for phase in phases(g, direction)]
+            products, launches = sum(p.products for p in found), 3 * len(found)
+        rate = SHARES.get(architecture.rstrip("a"), SHARE) * getattr(there, units.rate)
+        arithmetic = 2 * products * units.chunk * units.products / rate
+        return (launches + len(names)) * roofline.LAUNCH + max(arithmetic, moved / there.bytes)
 
     def workspace(
         self, geometry: ConvGeometry, direction: str, limit: int, tile: Tile | None = None
@@ -110,8 +133,8 @@ class TensorCore:
 
 
 MMA = TensorCore({"float16": FLOAT16, "bfloat16": BFLOAT16})
-TF32_X1, TF32_X3 = (TensorCore({"float32": TF32_PLANES[planes]}) for planes in (1, 2))
-BF16_X1, BF16_X3, BF16_X6 = (TensorCore({"float32": BFLOAT16_PLANES[planes]}) for planes in (1, 2, 3))
+TF32, TF32X3 = (TensorCore({"float32": TF32_PLANES[planes]}) for planes in (1, 2))
+BF16, BF16X3, BF16X6 = (TensorCore({"float32": BFLOAT16_PLANES[planes]}) for planes in (1, 2, 3))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------
@@ -238,6 +261,11 @@ class Places(NamedTuple):
         return cls(tile, inner, lines, chunks_of_tap, k_tiles, grid, packed, (k_tiles + 1) * tile.chunks)
 
     @property
+    def products(self) -> int:
+        """Products of whole tiles, in chunks."""
+        return math.prod(self.grid) * self.tile.rows * self.tile.columns * self.k_tiles * self.tile.chunks
+
+    @property
     def flags(self) -> int:
         """Warps of the product."""
         return math.prod(self.grid) * self.tile.threads // 32
@@ -343,9 +371,10 @@ class Share(NamedTuple):
     steps: int
     each: int
     splits: int
-    # Entries of the table of pixels, and elements of one part.
+    # Entries of the table of pixels, elements of one part, and products of whole tiles, in chunks.
     entries: int
     part: int
+    products: int
 
     @classmethod
     def of(cls, g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> Share:
@@ -365,7 +394,8 @@ class Share(NamedTuple):
         room = (limit - taken) // (4 * part)
         splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
         each = -(-steps // max(splits, 1))
-        return cls(tile, columns, steps, each, max(-(-steps // max(each, 1)), 1), steps * depth, part)
+        products = tiles * tile.rows * tile.columns * steps * tile.chunks
+        return cls(tile, columns, steps, each, max(-(-steps // max(each, 1)), 1), steps * depth, part, products)
 
 
 def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> dict[str, Buffer]:

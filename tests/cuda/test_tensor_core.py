@@ -10,13 +10,14 @@ from cases import emulate_conv, lifted
 from support import DIRECTIONS, PROMISES, conv_problem, normal, whole
 
 import fastconv
-from fastconv import reference
+from fastconv import reference, selection
 from fastconv.cuda import direct, tensor_core
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
 from fastconv.cuda.epilogue import ACTIVATIONS
-from fastconv.cuda.tensor_core import BF16_X1, BF16_X3, BF16_X6, MMA, TF32_X1, TF32_X3
+from fastconv.cuda.tensor_core import BF16, BF16X3, BF16X6, MMA, TF32, TF32X3
 from fastconv.cuda.tensor_core_kernels import Tile
+from fastconv.errors import UnsupportedError
 from fastconv.testing import ConvCase, assert_close
 
 FORMATS = ("channels_last", "channels_first")
@@ -24,11 +25,11 @@ FORMATS = ("channels_last", "channels_first")
 SMALL = Tile(16, 32, 4, 1, 1, 2)
 # With the strictest promise that each keeps.
 FLOAT32 = {
-    "implicit_gemm_tf32": (TF32_X1, "medium"),
-    "implicit_gemm_tf32x3": (TF32_X3, "highest"),
-    "implicit_gemm_bf16": (BF16_X1, "medium"),
-    "implicit_gemm_bf16x3": (BF16_X3, "high"),
-    "implicit_gemm_bf16x6": (BF16_X6, "highest"),
+    "implicit_gemm_tf32": (TF32, "medium"),
+    "implicit_gemm_tf32x3": (TF32X3, "highest"),
+    "implicit_gemm_bf16": (BF16, "medium"),
+    "implicit_gemm_bf16x3": (BF16X3, "high"),
+    "implicit_gemm_bf16x6": (BF16X6, "highest"),
 }
 
 
@@ -156,13 +157,34 @@ def test_bias_and_activation_come_last(activation, direction, data_format):
     problem = conv_problem(ConvCase("small", (1, 8, 1, 3, 6), (8, 8, 1, 2, 1)), np.float32)
     plain = problem.y if direction == "forward" else problem.grads[0] + problem.bias.reshape(1, -1, 1, 1, 1)
     wanted = reference._ACTIVATIONS[activation](plain)
-    got = compute(TF32_X3, problem, direction, data_format, bias=True, activation=activation)
+    got = compute(TF32X3, problem, direction, data_format, bias=True, activation=activation)
     assert_close(got, wanted, algorithm="implicit_gemm", reduction_length=problem.lengths[direction])
 
 
-def test_what_is_asked_of_it_that_it_cannot_do_is_refused():
-    g = lifted(conv_problem(CASES[0], np.float32), "channels_last")
-    assert MMA.supports(g, "forward") == (False, "it multiplies float16 and bfloat16, not float32")
+def test_the_name_of_the_family_means_what_has_the_dtype_and_the_instructions():
+    how = {"stored": "channels_last", "algorithm": "implicit_gemm"}
+    half, single = (
+        fastconv.ConvGeometry.create((1, 8, 8, 8), (8, 8, 3, 3), data_format="channels_last", dtype=dtype)
+        for dtype in ("float16", "float32")
+    )
+    assert selection.choose(half, "forward", device="sm_80", **how).algorithm.name == "implicit_gemm_mma"
+    assert selection.choose(single, "forward", device="sm_80", **how).algorithm.name == "implicit_gemm"
+    with pytest.raises(UnsupportedError, match="implicit_gemm_mma: it needs a GPU of sm_80 or later, not sm_75"):
+        selection.choose(half, "forward", device="sm_75", **how)
+
+
+def test_predicted_times_are_those_of_whole_tiles_and_of_what_is_moved():
+    small, large, few = (
+        lifted(conv_problem(ConvCase("", x, w), np.float16), "channels_last")
+        for x, w in (
+            ((1, 8, 1, 4, 4), (8, 8, 1, 1, 1)), ((4, 64, 1, 16, 16), (128, 64, 1, 3, 3)),
+            ((4, 64, 1, 16, 16), (65, 64, 1, 3, 3)),
+        )
+    )  # fmt: skip
+    for direction in DIRECTIONS:
+        assert MMA.seconds(small, direction, "sm_80") < MMA.seconds(large, direction, "sm_80") < 1e-3
+    assert MMA.seconds(few, "forward", "sm_80") == pytest.approx(MMA.seconds(large, "forward", "sm_80"), rel=0.1)
+    assert MMA.seconds(small, "forward", "sm_75") == math.inf
 
 
 # --- machine code ----------------------------------------------------------------------------------------------
@@ -185,7 +207,7 @@ KINDS = [
     ("MMA", MMA, "channels_first", "forward", ["sm_80", "sm_90a"]),
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
     *((name, algorithm, "channels_last", "forward", ["sm_80", "sm_90a"]) for name, (algorithm, _) in FLOAT32.items()),
-    ("TF32_X3", TF32_X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
+    ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
 ]
 ON = [(*kind[1:4], a) for kind in KINDS for a in kind[4]]
 IDS = [f"{kind[0]}-{kind[2]}-{kind[3]}-{a}" for kind in KINDS for a in kind[4]]
@@ -195,7 +217,7 @@ IDS = [f"{kind[0]}-{kind[2]}-{kind[3]}-{a}" for kind in KINDS for a in kind[4]]
 def test_machine_code_keeps_its_budget(algorithm, data_format, direction, architecture):
     step = product_step(algorithm, data_format, direction, architecture)
     made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
-    words = direction == "weight_grad" and algorithm is TF32_X3
+    words = direction == "weight_grad" and algorithm is TF32X3
     expected = ["HMMA", "LDS" if words else "LDSM", "LDGSTS.E.BYPASS.128", "BAR.SYNC"]
     expected += ["STG.E.64"] if direction == "weight_grad" else ["STG.E.128"]
     # The way out of the loop for sm_8x: a jump that ptxas writes as a call.
@@ -208,7 +230,7 @@ def test_machine_code_keeps_its_budget(algorithm, data_format, direction, archit
 def test_what_stages_packs_mends_and_adds_up_keeps_its_budget(architecture):
     g = lifted(conv_problem(CASES[1], np.float32), "channels_last")
     for direction in ("forward", "weight_grad"):
-        for step in BF16_X6.steps(g, direction, architecture=architecture):
+        for step in BF16X6.steps(g, direction, architecture=architecture):
             if not step.shared_bytes:
                 made = compile_kernel(step.kernel, step.signature, architecture)
                 assert [fault for fault in budget(made, 48) if fault != "1 CALL"] == []
