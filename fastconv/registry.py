@@ -23,7 +23,8 @@ and::
         -> list of Step and Call
 
 where `limit` is the one `workspace` was given, or the total of what that stated. It has `FUSED = ("forward",
-"input_grad")` if its input gradient ends in bias and activation too, as the forward pass does.
+"input_grad")` if its input gradient ends in bias and activation too, as the forward pass does, and `since`, a compute
+capability (ten times), if older GPUs lack instructions of it.
 
 `geometry` is lifted: three spatial dimensions, zero padding, and `data_format` and `dtype` those of the arrays,
 which are C-contiguous. `out` is fresh memory to be written whole. `workspace` holds one array per Buffer
@@ -106,6 +107,16 @@ class Algorithm:
         """Return whether this algorithm computes `geometry` in `direction`, and if not, why."""
         return Support(*self.implementation.supports(geometry, direction))
 
+    def lacking(self, units: int | str) -> str:
+        """Return why a GPU of this architecture cannot run it; empty if it can, and for threads."""
+        if self.device == "cpu":
+            return ""
+        from .cuda.architecture import Architecture
+
+        since = getattr(self.implementation, "since", 0)
+        has = Architecture.named(str(units)).capability
+        return "" if has >= since else f"it needs a GPU of sm_{since} or later, not {units}"
+
     def keeps(self, precision: str) -> bool:
         """Return True if its results keep the promise of `precision`."""
         return config.PRECISIONS.index(self.precision) <= config.PRECISIONS.index(precision)
@@ -170,6 +181,12 @@ for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
 for _m in (2, 4):
     register(Algorithm(f"winograd_f{_m}x3", "cuda", f"fastconv.cuda.winograd:F{_m}"))
+register(Algorithm("implicit_gemm_mma", "cuda", "fastconv.cuda.tensor_core:MMA"))
+for _name, _precision in (
+    ("tf32", "medium"), ("tf32x3", "highest"), ("bf16", "medium"), ("bf16x3", "high"), ("bf16x6", "highest"),
+):  # fmt: skip
+    _object = f"fastconv.cuda.tensor_core:{_name.upper()}"
+    register(Algorithm(f"implicit_gemm_{_name}", "cuda", _object, _precision))
 for _products, _precision in ((6, "highest"), (3, "high"), (1, "medium")):
     _name = "implicit_gemm_bf16" + (f"x{_products}" if _products > 1 else "")
     register(Algorithm(_name, "cpu", f"fastconv.cpu.bfloat16:X{_products}", _precision))

@@ -166,8 +166,8 @@ def _choose(
     refusals: list[str] = []
     choices: list[Choice] = []
     smallest: tuple[int, Choice] | None = None
-    for algorithm in registry.named(name, device):
-        refusal = _refusal(algorithm, inner, direction, precision)
+    for algorithm in _asked_for(name, device, inner, direction, precision, units):
+        refusal = _refusal(algorithm, inner, direction, precision, units)
         if refusal:
             refusals.append(f"{algorithm.name}: {refusal}")
             continue
@@ -208,7 +208,19 @@ def _fastest(choices: list[Choice], measured: Mapping[str, float], direction: st
     return min(choices, key=lambda choice: choice.algorithm.seconds(choice.geometry, direction, units))
 
 
-def _refusal(algorithm: Algorithm, inner: ConvGeometry, direction: str, precision: str) -> str:
+def _asked_for(
+    name: str, device: str, inner: ConvGeometry, direction: str, precision: str, units: int | str
+) -> list[Algorithm]:
+    """Return the algorithms of a name; where it is a family's too and that member cannot, the others of the family."""
+    found = registry.named(name, device)
+    others = [a for a in registry.on(device) if a.family == name and a not in found]
+    refused = others and all(_refusal(a, inner, direction, precision, units) for a in found)
+    return found + others if refused else found
+
+
+def _refusal(algorithm: Algorithm, inner: ConvGeometry, direction: str, precision: str, units: int | str) -> str:
+    if reason := algorithm.lacking(units):
+        return reason
     if inner.dtype == np.float32 and not algorithm.keeps(precision):
         return f"its results keep the promise of precision={algorithm.precision!r}, not of {precision!r}"
     support = algorithm.supports(inner, direction)
@@ -265,7 +277,7 @@ def algorithms(
     found = []
     for algorithm in here:
         reason = "there is nothing to compute" if geometry.is_empty else ""
-        reason = reason or _refusal(algorithm, inner, direction, level)
+        reason = reason or _refusal(algorithm, inner, direction, level, units)
         if reason:
             found.append(Candidate(algorithm.name, False, reason, None, None, None, False))
             continue

@@ -32,9 +32,9 @@ _LARGEST_OVER_RMS = 8.0
 # Two-dimensional transforms on random data: 0.6, 6 and 7 for transforms of 4, 6 and 8 points and one channel,
 # and less with every further channel; the room above that is for unlucky weights.
 _WINOGRAD_AMPLIFICATION = {4: 2.0, 5: 4.0, 6: 8.0, 7: 12.0, 8: 16.0}
-# Operands split into bfloat16: the promises of "medium" and "high", in root-mean-square. Measured 2.4e-3 and 4.4e-6,
-# and up to 4.0e-3 where results are few, of which the rounding of the operands alone is as much.
-_SPLIT_PROMISES = {"bf16": 5e-3, "bf16x3": 2e-5}
+# Operands cut to tf32, or split into bfloat16: the promises of "medium" and "high", in root-mean-square. Measured of
+# bfloat16 2.4e-3 and 4.4e-6, and up to 4.0e-3 where results are few, of which rounding the operands alone is as much.
+_SPLIT_PROMISES = {"bf16": 5e-3, "tf32": 5e-3, "bf16x3": 2e-5}
 # A transform adds the error of a sum of log2(points) terms, whatever the kernel's size, and there are three.
 _FFT_AMPLIFICATION = 4.0
 
@@ -88,8 +88,8 @@ def tolerance(dtype: Any, algorithm: str = "direct", reduction_length: int = 1) 
     dtype : NumPy dtype, its name, or a PyTorch dtype
         Type of the result.
     algorithm : str
-        "winograd..." and "fft..." have an amplification, "..._bf16" and "..._bf16x3" round their operands; every
-        other name counts as direct summation.
+        "winograd..." and "fft..." have an amplification, "..._bf16", "..._bf16x3" and "..._tf32" round their
+        operands; every other name counts as direct summation.
     reduction_length : int
         Products summed for one element: ``C // groups * prod(kernel)`` forwards, ``N * prod(out)`` for the
         weight gradient.

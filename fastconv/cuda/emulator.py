@@ -386,7 +386,7 @@ class Lane:
         data = bytes(size)
         if valid:
             source._check(start, valid // source._item)
-            source._check(start, 0, count)
+            source._check(start, 0, size // source._item)
             data = source._bytes[start * source._item :][:valid].tobytes() + data[valid:]
             source._log(start, size, READ, self.frame)
         first = at * target._item

@@ -401,7 +401,7 @@ def _copy_async(size: int) -> Any:
 
     @instruction(emulation, since=80)
     def copy(typing_context, target, at, source, start, valid):
-        if _element(target) is None or _element(target) != _element(source):
+        if _element(target) is None or _element(source) is None:
             return None
         cache = "cg" if size == 16 else "ca"
 
@@ -414,7 +414,10 @@ def _copy_async(size: int) -> Any:
 
         return types.void(target, at, source, start, types.int32), generate
 
-    copy.__doc__ = f"Copy {size} bytes from global to shared memory; of those only `valid` are read, the rest is zero."
+    copy.__doc__ = (
+        f"Copy {size} bytes from global to shared memory; of those only `valid` are read, the rest is zero. "
+        f"Each place counts elements of its own memory."
+    )
     return copy
 
 
@@ -475,7 +478,7 @@ def _ldmatrix(count: int, transposed: bool) -> Any:
 
     @instruction(emulation)
     def ldmatrix(typing_context, fragment, at, tile, offset):
-        if not _holds(fragment, types.uint32) or getattr(_element(tile), "bitwidth", 0) != 16:
+        if not _holds(fragment, types.uint32) or getattr(_element(tile), "bitwidth", 0) not in (16, 32):
             return None
         suffix = ".trans" if transposed else ""
         text = f"ldmatrix.sync.aligned.m8n8.x{count}{suffix}.shared.b16 {_registers(0, count)}, [${count}];"
@@ -490,7 +493,7 @@ def _ldmatrix(count: int, transposed: bool) -> Any:
 
     ldmatrix.__doc__ = (
         f"Load {count} matrices of 8x8 16-bit numbers into fragment[at:at+{count}]; lane l gives the place of row l%8 "
-        f"of matrix l//8."
+        f"of matrix l//8, which is 16 bytes of a tile of 16-bit elements, or of 32-bit words that hold two or one."
     )
     return ldmatrix
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from emulation import poisoned
 from support import ConvProblem
 
 import fastconv
@@ -51,7 +52,7 @@ def emulate_conv(
     shape = {"forward": g.output_shape, "input_grad": g.x_shape, "weight_grad": g.weight_shape}[direction]
     out = np.full(shape, np.nan, problem.dtype)
     buffers = algorithm.workspace(g, direction, limit, **how)
-    lent = {name: np.full(b.shape, np.nan, b.dtype) for name, b in buffers.items() if b.owned}
+    lent = {name: poisoned(b.shape, b.dtype) for name, b in buffers.items() if b.owned}
     more = {} if direction == "weight_grad" else {"activation": activation, "bias": bias}
     operands["bias"] = problem.bias if bias else None
     arrays = {**operands, "weight": np.ascontiguousarray(problem.weight), **lent, "out": out}

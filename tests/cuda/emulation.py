@@ -10,10 +10,10 @@ from fastconv.cuda.compile import CompiledKernel, compile_kernel
 
 
 def poisoned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of NaN, or of numbers that are no index."""
+    """An array of NaN, which may be bits of unsigned numbers, or of numbers that are no index."""
     out = np.empty(shape, dtype)
     out.reshape(-1).view(np.uint8)[...] = 0xFF
-    if out.dtype.kind in "iu":
+    if out.dtype.kind == "i":
         out[...] = -12345
     return out
 

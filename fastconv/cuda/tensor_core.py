@@ -1,0 +1,456 @@
+"""Implicit GEMM on tensor cores: float16 and bfloat16 as they are, float32 cut to tf32 or bfloat16, or split.
+
+Forward and input gradient are dense phases (`blocking.py`), each of three launches: one packs the weight, one
+multiplies, one computes again what did not come out finite, if anything (`tensor_core_staging.py`). The weight
+gradient tabulates its pixels, multiplies and adds up (`tensor_core_grads.py`). A launch before them brings pixels into
+chunks of 16 bytes, unless they are: channels last, a multiple of 8 of 16-bit numbers in each group (4 of tf32). How
+float32 is split is in `tensor_core_units.py`.
+
+Nothing here has run on a GPU; times are predicted from peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..geometry import ConvGeometry
+from ..registry import Buffer
+from . import gemm_kernels, roofline, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
+from .architecture import Architecture
+from .blocking import Phase, phases
+from .elements import Element
+from .epilogue import CODES
+from .indices import index_type, step
+from .steps import Step
+from .tensor_core_kernels import Tile
+from .tensor_core_units import BFLOAT16, BFLOAT16_PLANES, FLOAT16, TF32_PLANES, Units
+
+toolchain.import_cuda()
+
+from numba.cuda.types import CPointer, float32, int32, uint32  # noqa: E402
+
+# Threads of a block of the kernels that pack and stage.
+THREADS = 128
+# The most blocks of a grid's second and third dimension.
+MOST_BLOCKS = 65535
+# Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
+ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
+# Not measured: the share of the tensor cores' peak that mma reaches; the newest have other instructions for the whole.
+SHARES, SHARE = {"sm_90": 0.45, "sm_100": 0.2, "sm_103": 0.2}, 0.6
+
+_WORDS, _WORD, _FLAG = CPointer(uint32), np.dtype(np.uint32), np.dtype(np.int32)
+
+
+class TensorCore:
+    """The functions of an algorithm, see `registry`.
+
+    Parameters
+    ----------
+    units : dict
+        How the numbers of each dtype are multiplied.
+    """
+
+    FUSED = ("forward", "input_grad")
+    # The lowest compute capability, ten times, that has mma of these sizes and asynchronous copies.
+    since = 80
+
+    def __init__(self, units: dict[str, Units]) -> None:
+        self.units = units
+
+    def supports(self, geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
+        """Return whether it computes a case, and if not, why."""
+        g = geometry
+        if g.dtype.name not in self.units:
+            return False, f"it multiplies {' and '.join(self.units)}, not {g.dtype}"
+        lines = max(g.in_channels, g.out_channels) // g.groups
+        if g.groups > MOST_BLOCKS or -(-lines // 16) > MOST_BLOCKS:
+            return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups and {lines} filters"
+        return True, ""
+
+    def seconds(self, geometry: ConvGeometry, direction: str, architecture: str) -> float:
+        """Predicted time: products of whole tiles at a share of the peak, or what all launches move; not measured."""
+        g, units, there = geometry, self.units[geometry.dtype.name], roofline.peak(architecture)
+        if Architecture.named(architecture).capability < self.since:
+            return math.inf
+        names = ("x", "grad_output") if direction == "weight_grad" else (_source(direction),)
+        moved = g.bytes + 2 * sum(b.nbytes for name in names for b in Pixels.of(g, name, units).buffers().values())
+        if direction == "weight_grad":
+            share = Share.of(g, units, 1 << 30, None)
+            products, launches = share.products, 3
+            moved += 8 * share.splits * share.part
+        else:
+            found = [Places.of(g, direction, phase, units, None) for phase in phases(g, direction)]
+            products, launches = sum(p.products for p in found), 3 * len(found)
+        rate = SHARES.get(architecture.rstrip("a"), SHARE) * getattr(there, units.rate)
+        arithmetic = 2 * products * units.chunk * units.products / rate
+        return (launches + len(names)) * roofline.LAUNCH + max(arithmetic, moved / there.bytes)
+
+    def workspace(
+        self, geometry: ConvGeometry, direction: str, limit: int, tile: Tile | None = None
+    ) -> dict[str, Buffer]:
+        """Return what all phases share, one after the other: packed weight, taps, flags; and staged pixels."""
+        g, units = geometry, self.units[geometry.dtype.name]
+        if g.batch == 0:
+            return {}
+        if direction == "weight_grad":
+            return _grad_workspace(g, units, limit, tile)
+        found = [Places.of(g, direction, phase, units, tile) for phase in phases(g, direction)]
+        buffers = {
+            "packed": Buffer((max(p.packed for p in found) * units.planes * 4,), _WORD),
+            "taps": Buffer((max(p.entries for p in found) * 4,), _index_dtype(g, units)),
+            "flags": Buffer((max(p.flags for p in found),), _FLAG),
+        }
+        return {**buffers, **Pixels.of(g, _source(direction), units).buffers()}
+
+    def steps(
+        self,
+        geometry: ConvGeometry,
+        direction: str,
+        activation: str | None = None,
+        bias: bool = False,
+        architecture: str = "sm_90a",
+        limit: int = 1 << 30,
+        tile: Tile | None = None,
+    ) -> list[Step]:
+        """Return the launches of a direction; `limit` is what `workspace` was given, `tile` for tests to shrink."""
+        g, units = geometry, self.units[geometry.dtype.name]
+        if g.batch == 0:
+            return []
+        if direction == "weight_grad":
+            return _grad_steps(g, units, limit, tile)
+        ending = bias, CODES[activation]
+        found = Pixels.of(g, _source(direction), units).steps()
+        for phase in phases(g, direction):
+            if phase.positions:
+                places = Places.of(g, direction, phase, units, tile)
+                found.append(_pack_step(g, direction, phase, units, places))
+                found.append(_product_step(g, direction, phase, units, places, *ending))
+                found.append(_mend_step(g, direction, phase, units, places, *ending))
+        return found
+
+
+MMA = TensorCore({"float16": FLOAT16, "bfloat16": BFLOAT16})
+TF32, TF32X3 = (TensorCore({"float32": TF32_PLANES[planes]}) for planes in (1, 2))
+BF16, BF16X3, BF16X6 = (TensorCore({"float32": BFLOAT16_PLANES[planes]}) for planes in (1, 2, 3))
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _channels(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
+    """Return the channels of one group that are summed over, and those that result."""
+    C, K = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+    return (K, C) if direction == "input_grad" else (C, K)
+
+
+def _totals(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
+    """Return all channels of the source and of the target."""
+    both = geometry.in_channels, geometry.out_channels
+    return both if direction == "forward" else both[::-1]
+
+
+def _source(direction: str) -> str:
+    return "x" if direction == "forward" else "grad_output"
+
+
+def _is_last(geometry: ConvGeometry) -> bool:
+    return geometry.data_format == "channels_last"
+
+
+def is_wide(geometry: ConvGeometry, units: Units) -> bool:
+    """Return whether an index could pass what 32 bits hold."""
+    g, taps = geometry, math.prod(geometry.kernel_size)
+    C, K = (_up(n // g.groups, units.chunk) for n in (g.in_channels, g.out_channels))
+    # Beyond the arrays: pixels of the last tile, padding around an image, and the weight in whole tiles.
+    around = math.prod(n + r * d + before + after + s for n, r, d, (before, after), s in zip(
+        g.input_size, g.kernel_size, g.dilation, g.padding, g.stride))  # fmt: skip
+    x, y = (math.prod(size) * g.groups * n for size, n in ((g.input_size, C), (g.output_size, K)))
+    packed = g.groups * (taps + 1) * _up(C, 256) * _up(K, 256)
+    return units.planes * max(g.batch * max(x, y) + around * g.groups * max(C, K), packed) + THREADS >= 2**31
+
+
+def _index_dtype(geometry: ConvGeometry, units: Units) -> np.dtype:
+    return np.dtype(np.int64 if is_wide(geometry, units) else np.int32)
+
+
+class Pixels(NamedTuple):
+    """How the pixels of x or of the output gradient are read: as they are, or staged, in chunks of so many elements."""
+
+    geometry: ConvGeometry
+    units: Units
+    name: str
+    channels: int
+    extents: tuple[int, ...]
+    chunks: int
+    staged: bool
+
+    @classmethod
+    def of(cls, g: ConvGeometry, name: str, units: Units) -> Pixels:
+        """Return how "x" or "grad_output" is read."""
+        channels, extents = (g.in_channels, g.input_size) if name == "x" else (g.out_channels, g.output_size)
+        of_group = channels // g.groups
+        staged = not (_is_last(g) and units.plain and of_group % units.chunk == 0)
+        return cls(g, units, name, channels, extents, -(-of_group // units.chunk), staged)
+
+    @property
+    def of_chunk(self) -> int:
+        """Elements of a chunk: words if they are staged."""
+        return 4 if self.staged else self.units.chunk
+
+    @property
+    def of_pixel(self) -> int:
+        """Elements from one pixel to the next."""
+        return self.geometry.groups * self.chunks * self.of_chunk
+
+    @property
+    def plane(self) -> int:
+        """Elements of a plane."""
+        return self.geometry.batch * math.prod(self.extents) * self.of_pixel
+
+    @property
+    def array(self) -> tuple[str, Any]:
+        """Name and type of the array that is multiplied."""
+        return (f"staged_{self.name}", _WORDS) if self.staged else (self.name, Element.of(self.geometry.dtype).pointer)
+
+    def buffers(self) -> dict[str, Buffer]:
+        """Return the workspace: the planes, if they are staged."""
+        return {self.array[0]: Buffer((self.units.pixel_planes * self.plane,), _WORD)} if self.staged else {}
+
+    def steps(self) -> list[Step]:
+        """Return the launch that stages them, if they are."""
+        if not self.staged:
+            return []
+        g, units, element = self.geometry, self.units, Element.of(self.geometry.dtype)
+        elements, of_group, wide = self.plane // 4, self.channels // g.groups, is_wide(g, units)
+        together = _is_last(g) and g.dtype == np.float32 and of_group % units.chunk == 0
+        kernel = tensor_core_staging.stage(units, element, _is_last(g), together, wide)
+        numbers = elements, math.prod(self.extents), self.chunks, g.groups, of_group
+        arrays = [(self.name, element.pointer), self.array]
+        return [step(kernel, arrays, numbers, wide, (-(-elements // THREADS),), (THREADS,))]
+
+
+class Places(NamedTuple):
+    """The tile of one phase's product and its sizes in whole tiles; chunks of the packed weight in one plane."""
+
+    tile: Tile
+    inner: int
+    lines: int
+    chunks_of_tap: int
+    k_tiles: int
+    grid: tuple[int, int, int]
+    packed: int
+    entries: int
+
+    @classmethod
+    def of(cls, g: ConvGeometry, direction: str, phase: Phase, units: Units, tile: Tile | None) -> Places:
+        """Return the sizes of a phase."""
+        inner, lines = _channels(g, direction)
+        tile = tile or tile_for(units, lines, _is_last(g))
+        chunks_of_tap = -(-inner // units.chunk)
+        k_tiles = -(-phase.taps * chunks_of_tap // tile.chunks)
+        of_pixels, of_lines = (tile.rows, tile.columns) if _is_last(g) else (tile.columns, tile.rows)
+        grid = -(-g.batch * phase.positions // of_pixels), -(-lines // of_lines), g.groups
+        packed = g.groups * grid[1] * k_tiles * of_lines * tile.chunks
+        return cls(tile, inner, lines, chunks_of_tap, k_tiles, grid, packed, (k_tiles + 1) * tile.chunks)
+
+    @property
+    def products(self) -> int:
+        """Products of whole tiles, in chunks."""
+        return math.prod(self.grid) * self.tile.rows * self.tile.columns * self.k_tiles * self.tile.chunks
+
+    @property
+    def flags(self) -> int:
+        """Warps of the product."""
+        return math.prod(self.grid) * self.tile.threads // 32
+
+
+def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
+    """Return the tile: half as many filters where there are few. Its size is the same on every architecture.
+
+    Warps of 64x64 results load less from shared memory than those of 64x32; with planes each fragment meets others.
+    """
+    few = lines <= 64
+    shape: tuple[int, ...]
+    if units.planes == 1:
+        shape = (256, 64, 4, 4, 1, 3, 2) if few else (128, 128, 4, 2, 2, 4, 2)
+    else:
+        chunks, stages = (4, 3) if units.split else (2, 4) if units.planes == 2 else (2, 3)
+        shape = (128, 64, chunks, 2, 2, stages) if few else (128, 128, chunks, 2, 4, stages)
+    if channels_last or not few:
+        return Tile(*shape)
+    rows, columns, chunks, down, across, *rest = shape
+    return Tile(columns, rows, chunks, across, down, *rest)
+
+
+# --- forward and input gradient --------------------------------------------------------------------------------
+
+
+def _weight_steps(g: ConvGeometry, direction: str) -> tuple[int, int, int]:
+    """Return the steps, in the weight (K, C // groups, T, R, S), to the next line, summed channel and group."""
+    C, taps = g.in_channels // g.groups, math.prod(g.kernel_size)
+    filters, channels = C * taps, taps
+    line, inner = (filters, channels) if direction == "forward" else (channels, filters)
+    return line, inner, g.out_channels // g.groups * filters
+
+
+def _place_numbers(phase: Phase) -> tuple[int, ...]:
+    names = "extent", "in_first", "in_step", "out_first", "out_step"
+    return tuple(number for name in names for number in phase.column(name))
+
+
+def _pack_step(g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places) -> Step:
+    element, p, wide, pixels = Element.of(g.dtype), places, is_wide(g, units), Pixels.of(g, _source(direction), units)
+    kernel = tensor_core_staging.pack(p.tile, units, element, _is_last(g), wide)
+    numbers = (
+        p.packed, p.entries, p.k_tiles, p.chunks_of_tap, phase.taps, p.inner, p.grid[1], p.lines,
+        *_weight_steps(g, direction), *(max(n, 1) for n in phase.column("taps")[1:]), *g.kernel_size[1:],
+        *phase.column("weight_first"), *phase.column("weight_step"), *phase.column("tap_step"), pixels.of_chunk,
+        *phase.source[1:], pixels.of_pixel,
+    )  # fmt: skip
+    arrays = [("weight", element.pointer), ("packed", _WORDS), ("taps", CPointer(index_type(wide)))]
+    return step(kernel, arrays, numbers, wide, (-(-(p.packed + p.entries) // THREADS),), (THREADS,))
+
+
+def _product_step(
+    g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places, bias: bool, code: int
+) -> Step:
+    element, p, last, wide = Element.of(g.dtype), places, _is_last(g), is_wide(g, units)
+    pixels = Pixels.of(g, _source(direction), units)
+    neighbours = p.lines if last else phase.positions if phase.is_whole else 1
+    together = 16 // g.dtype.itemsize
+    kernel = tensor_core_kernels.gather(
+        p.tile, units, element, last, together if neighbours % together == 0 else 1, wide, bias, code
+    )
+    numbers = (
+        g.batch * phase.positions, pixels.plane, p.k_tiles, p.lines, pixels.of_pixel // g.groups, pixels.of_pixel,
+        *phase.source, _totals(g, direction)[1], *phase.target, *_place_numbers(phase),
+    )  # fmt: skip
+    arrays = [
+        pixels.array, ("packed", _WORDS), ("taps", CPointer(index_type(wide))), ("bias", element.pointer),
+        ("out", element.pointer), ("flags", CPointer(int32)),
+    ]  # fmt: skip
+    words = tensor_core_kernels.buffer_words(p.tile, units, last)[1]
+    return _on_tiles(step(kernel, arrays, numbers, wide, p.grid, (p.tile.threads,)), p.tile, words)
+
+
+def _on_tiles(made: Step, tile: Tile, words: int) -> Step:
+    """Return a step with the shared memory of its buffers."""
+    return made._replace(shared_bytes=4 * tile.stages * words, launch_bounds=(tile.threads, tile.blocks))
+
+
+def _mend_step(
+    g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places, bias: bool, code: int
+) -> Step:
+    element, p, wide, (C, K) = Element.of(g.dtype), places, is_wide(g, units), _totals(g, direction)
+    kernel = tensor_core_staging.mend(p.tile, element, _is_last(g), wide, bias, code)
+    numbers = (
+        g.batch * phase.positions, p.lines, p.inner, *_weight_steps(g, direction), *g.kernel_size[1:],
+        *phase.column("taps"), *phase.column("weight_first"), *phase.column("weight_step"), *phase.column("tap_step"),
+        C, *phase.source, K, *phase.target, *_place_numbers(phase),
+    )  # fmt: skip
+    names = _source(direction), "weight", "bias", "out"
+    arrays = [*((name, element.pointer) for name in names), ("flags", CPointer(int32))]
+    return step(kernel, arrays, numbers, wide, p.grid, (p.tile.threads,))
+
+
+# --- weight gradient -------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """How blocks share out the pixels of a weight gradient: tile, chunks of all taps, steps in all and of a block."""
+
+    tile: Tile
+    columns: int
+    steps: int
+    each: int
+    splits: int
+    # Entries of the table of pixels, elements of one part, and products of whole tiles, in chunks.
+    entries: int
+    part: int
+    products: int
+
+    @classmethod
+    def of(cls, g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> Share:
+        """Return the share for what `limit` leaves to parts."""
+        filters = g.out_channels // g.groups
+        if tile is None:
+            tile = tile_for(units, filters, False)
+            # Columns in which a turn of the swizzle is a constant.
+            tile = tile if tile.columns <= 128 else Tile(64, 128, 4, 2, 2, 4, 2)
+        columns = math.prod(g.kernel_size) * -(-(g.in_channels // g.groups) // units.chunk)
+        depth = tile.chunks * units.chunk
+        steps = -(-g.batch * math.prod(g.output_size) // depth)
+        tiles = -(-filters // tile.rows) * -(-columns * units.chunk // tile.columns) * g.groups
+        part = g.out_channels * columns * units.chunk
+        taken = 4 * steps * depth * _index_dtype(g, units).itemsize
+        taken += sum(b.nbytes for name in ("x", "grad_output") for b in Pixels.of(g, name, units).buffers().values())
+        room = (limit - taken) // (4 * part)
+        splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
+        each = -(-steps // max(splits, 1))
+        products = tiles * tile.rows * tile.columns * steps * tile.chunks
+        return cls(tile, columns, steps, each, max(-(-steps // max(each, 1)), 1), steps * depth, part, products)
+
+
+def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> dict[str, Buffer]:
+    share = Share.of(g, units, limit, tile)
+    return {
+        "pixels": Buffer((4 * share.entries,), _index_dtype(g, units)),
+        "partial": Buffer((share.splits * share.part,), np.dtype(np.float32)),
+        **Pixels.of(g, "x", units).buffers(),
+        **Pixels.of(g, "grad_output", units).buffers(),
+    }
+
+
+def _grad_steps(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> list[Step]:
+    share = Share.of(g, units, limit, tile)
+    x, grad = (Pixels.of(g, name, units) for name in ("x", "grad_output"))
+    made = [*x.steps(), *grad.steps(), _table_step(g, units, share, x), _correlate_step(g, units, share, x, grad)]
+    return [*made, _add_step(g, units, share)]
+
+
+def _table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
+    wide, before = is_wide(g, units), [-b for b, _ in g.padding]
+    index, number = index_type(wide), _index_dtype(g, units).type
+    numbers = (x.of_pixel, *g.input_size, *g.output_size, *before, *g.stride)
+    total = g.batch * math.prod(g.output_size)
+    return Step(
+        gemm_kernels.tabulate_pixels(True, wide), (CPointer(index), index, index, *(int32,) * len(numbers)),
+        (-(-share.entries // THREADS), 1, 1), (THREADS, 1, 1),
+        ("pixels", number(share.entries), number(total), *map(np.int32, numbers)),
+    )  # fmt: skip
+
+
+def _correlate_step(g: ConvGeometry, units: Units, share: Share, x: Pixels, grad: Pixels) -> Step:
+    wide, tile, filters = is_wide(g, units), share.tile, g.out_channels // g.groups
+    numbers = (
+        g.batch * math.prod(g.output_size), share.steps, share.each, g.groups, filters, grad.chunks, grad.of_chunk,
+        grad.of_pixel, grad.plane, math.prod(g.kernel_size), x.chunks, x.of_chunk, x.of_pixel, x.plane, *g.input_size,
+        *g.kernel_size[1:], *g.dilation,
+    )  # fmt: skip
+    arrays = [x.array, grad.array, ("pixels", CPointer(index_type(wide))), ("partial", CPointer(float32))]
+    grid = -(-filters // tile.rows), -(-share.columns * units.chunk // tile.columns), g.groups * share.splits
+    made = step(tensor_core_grads.correlate(tile, units, wide), arrays, numbers, wide, grid, (tile.threads,))
+    return _on_tiles(made, tile, tensor_core_grads.buffer_words(tile, units)[1])
+
+
+def _add_step(g: ConvGeometry, units: Units, share: Share) -> Step:
+    element, wide, elements = Element.of(g.dtype), is_wide(g, units), math.prod(g.weight_shape)
+    inner, taps = g.in_channels // g.groups, math.prod(g.kernel_size)
+    numbers = (
+        elements, share.splits, g.out_channels // g.groups, inner, taps, share.columns // taps,
+        g.batch * math.prod(g.output_size), g.in_channels, *g.input_size, g.out_channels, *g.output_size,
+        *g.kernel_size[1:], *(-before for before, _ in g.padding), *g.stride, *g.dilation,
+    )  # fmt: skip
+    kernel = tensor_core_grads.add(element, units.chunk, _is_last(g), wide)
+    arrays = [
+        ("x", element.pointer), ("grad_output", element.pointer), ("partial", CPointer(float32)),
+        ("out", element.pointer),
+    ]  # fmt: skip
+    return step(kernel, arrays, numbers, wide, (-(-elements // THREADS),), (THREADS,))
