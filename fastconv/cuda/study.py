@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..errors import MissingDependencyError, UnsupportedError
 from .compile import compile_kernel, sass
 from .steps import Call, Step
 
-_TITLES = ("algorithm", "kernel", "blocks x threads", "registers", "resident", "shared", "instructions", "loop", "")
+_TITLES = (
+    "algorithm", "kernel", "launches", "blocks x threads", "registers", "resident", "shared", "instructions", "loop",
+    "",
+)  # fmt: skip
 # Opcodes of a main loop to name.
 _SHOWN = 4
 
@@ -22,7 +26,12 @@ def table(algorithms: Iterable[tuple[str, Sequence[Step | Call]]], architecture:
     """
     rows: list[tuple[str, ...]] = [_TITLES]
     for name, steps in algorithms:
-        rows += [_row(name, step, architecture) if isinstance(step, Step) else _call(name, step) for step in steps]
+        # A kernel that runs for one slice after the other is shown once, for the largest.
+        alike: dict[Any, list[Step | Call]] = {}
+        for step in steps:
+            key = (step.kernel, step.block) if isinstance(step, Step) else step.operation
+            alike.setdefault(key, []).append(step)
+        rows += [_row(name, same, architecture) for same in alike.values()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES) - 1)]
     lines = [
         "  ".join([*(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))), row[-1]])
@@ -31,13 +40,12 @@ def table(algorithms: Iterable[tuple[str, Sequence[Step | Call]]], architecture:
     return [f"kernels for {architecture}, compiled", *(line.rstrip() for line in lines)]
 
 
-def _call(name: str, call: Call) -> tuple[str, ...]:
-    return (name, call.operation, *["-"] * (len(_TITLES) - 3), "by the library of the arrays")
-
-
-def _row(name: str, step: Step, architecture: str) -> tuple[str, ...]:
-    threads = math.prod(step.block)
-    start = (name, step.kernel.__name__, f"{math.prod(step.grid)} x {threads}")
+def _row(name: str, same: Sequence[Step | Call], architecture: str) -> tuple[str, ...]:
+    times, largest = str(len(same)), max(same, key=lambda step: math.prod(getattr(step, "grid", ())))
+    if not isinstance(largest, Step):
+        return (name, largest.operation, times, *["-"] * (len(_TITLES) - 4), "by the library of the arrays")
+    step, threads = largest, math.prod(largest.block)
+    start = (name, step.kernel.__name__, times, f"{math.prod(step.grid)} x {threads}")
     try:
         made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
     except UnsupportedError as error:
