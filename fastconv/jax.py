@@ -19,6 +19,7 @@ lie. What a call computes is a text in the compiled program, which therefore mea
 
 from __future__ import annotations
 
+import atexit
 from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -322,6 +323,7 @@ def _lower(p: Primitive, context: Any, *operands: Any, **params: Any) -> Any:
         with config.options(**dict(params["options"])):
             how = params["direction"], g.data_format, "cpu", params["algorithm"], params["precision"]
             selection.choose(g, *how)
+    _end_in_order()
     return jax.ffi.ffi_lowering(TARGET)(context, *operands, call=_text(p.name, params))
 
 
@@ -466,17 +468,43 @@ def _folded(p: Primitive, operands: Any, axes: Any, images: int, params: Any) ->
 
 
 def _one_by_one(p: Primitive, operands: Any, axes: Any, params: Any) -> list[Any]:
-    stacks = [jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes) if axis is not None]
+    mapped = tuple(axis is not None for axis in axes)
+    stacks = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes)]
+    return list(_loop(p, mapped, **params)(*stacks))
 
-    def one(given: Any) -> Any:
-        rest = iter(given)
-        return p.bind(*(a if axis is None else next(rest) for a, axis in zip(operands, axes)), **params)
 
-    return list(jax.lax.map(one, stacks))
+@lru_cache(maxsize=MOST)
+def _loop(p: Primitive, mapped: tuple[bool, ...], **params: Any) -> Any:
+    """Return a function that binds a primitive to each slice of the mapped operands; kept, to compile it once."""
+
+    def loop(*stacks: Any) -> Any:
+        def one(slices: Any) -> Any:
+            rest = iter(slices)
+            return p.bind(*(next(rest) if moves else a for a, moves in zip(stacks, mapped)), **params)
+
+        return jax.lax.map(one, [a for a, moves in zip(stacks, mapped) if moves])
+
+    return jax.jit(loop)
 
 
 for _p in (conv_p, max_pool_p, pick_p, avg_pool_p):
     batching.primitive_batchers[_p] = partial(_batch, _p)
+
+
+@lru_cache(maxsize=1)
+def _end_in_order() -> None:
+    """Have the process wait, at its end, for programs that still run."""
+    atexit.register(_finish)
+
+
+def _finish() -> None:
+    """Wait for the programs that this thread has started: while it ends, Python takes no calls, and JAX waits for ever.
+
+    A thread's programs run one after the other, save for those so short that they run at once: hence some work.
+    """
+    for device in jax.local_devices(backend="cpu"):
+        work = jax.device_put(np.ones((256, 256), np.float32), device)
+        jax.jit(jnp.dot)(work, work).block_until_ready()
 
 
 # --- calls from compiled programs ------------------------------------------------------------------------------
