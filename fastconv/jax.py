@@ -646,9 +646,8 @@ def _where(words: np.ndarray) -> np.ndarray:
 
 def _indices(words: Any) -> Any:
     """Return pairs of words as indices of the widest integers that JAX has at present."""
-    return jax.lax.bitcast_convert_type(
-        *((words, np.int64) if jax.config.jax_enable_x64 else (words[..., 0], np.int32))
-    )
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    return jax.lax.bitcast_convert_type(words if dtype.itemsize == 8 else words[..., 0], dtype)
 
 
 def _picked(x: Any, words: Any, *, geometry: PoolGeometry, **how: Any) -> list[Any]:

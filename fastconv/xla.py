@@ -107,7 +107,8 @@ def handler(function: Callable[[bytes, list[np.ndarray], list[np.ndarray]], None
     def handle(address: int) -> int | None:
         frame = _Frame.from_address(address)
         if frame.extension_start:
-            return _introduce(frame)
+            _introduce(frame)
+            return None
         try:
             text = frame.attributes.values[0].contents
             function(ctypes.string_at(text.start, text.size), _arrays(frame.operands), _arrays(frame.results))

@@ -2,10 +2,11 @@
 
 import re
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from support import BFLOAT16, conv_arguments, normal, op, pool_arguments, run_python, whole
+from support import BFLOAT16, HERE, conv_arguments, normal, op, pool_arguments, run_python, whole
 
 import fastconv
 from fastconv.testing import CONV_CASES, POOL_CASES, assert_close
@@ -34,6 +35,16 @@ def operands(case, dtype=np.float32, make=normal):
 def last(x):
     """Channels-first as channels-last."""
     return np.ascontiguousarray(np.moveaxis(x, 1, -1))
+
+
+@contextmanager
+def x64(wide):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", wide)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def close(actual, expected, length=100):
@@ -123,7 +134,7 @@ def test_adaptive_pools_and_their_gradients_are_those_of_numpy_arrays():
 @pytest.mark.parametrize("dtype", ["float64", "float16", BFLOAT16, "int8"], ids=str)
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 def test_dtypes_and_formats_are_those_of_numpy_arrays(dtype, data_format):
-    with jax.enable_x64(np.dtype(dtype) == np.float64):
+    with x64(np.dtype(dtype) == np.float64):
         make = whole if dtype == "int8" else normal
         x, w = make("x", shape=(2, 4, 7, 6), dtype=dtype), make("w", shape=(5, 4, 3, 3), dtype=dtype)
         x = x if data_format == "channels_first" else last(x)
@@ -157,12 +168,12 @@ def test_gradients_of_a_bias_in_half_precision_are_summed_in_float32():
     assert float(back(jnp.ones_like(y))[0][0]) == 4096
 
 
-@pytest.mark.parametrize("x64", [False, True])
-def test_indices_are_of_the_widest_integers_there_are(x64):
+@pytest.mark.parametrize("wide", [False, True])
+def test_indices_are_of_the_widest_integers_there_are(wide):
     x = normal("x", shape=(1, 2, 4, 4), dtype="float32")
-    with jax.enable_x64(x64):
+    with x64(wide):
         _, indices = fj.max_pool2d(x, 2, 3, ((2, 0), (0, 0)), return_indices=True)
-        assert indices.dtype == (np.int64 if x64 else np.int32)
+        assert indices.dtype == (np.int64 if wide else np.int32)
         expected = fastconv.max_pool2d(x, 2, 3, ((2, 0), (0, 0)), return_indices=True)[1]
         # A window in padding alone has -1.
         assert -1 in expected
@@ -481,6 +492,20 @@ except fastconv.MissingDependencyError as error:
 
 
 # --- training --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_trains():
+    example = HERE.parent / "examples" / "05_jax_training.py"
+    printed = run_python(f"""
+import runpy, sys
+sys.argv = ["x", "--synthetic", "--limit", "256", "--epochs", "1"]
+try:
+    runpy.run_path({str(example)!r}, run_name="__main__")
+except SystemExit as end:
+    print("exit status", end.code)
+""")
+    assert re.search(r"Epoch 1: loss \d\.\d+, [\d,]+ images/s with fastconv\nTest accuracy", printed)
+    assert "exit status 0" in printed
 
 
 def lenet(parameters, x, conv, pool):
