@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, config, selection, xla
+from . import arrays, config, registry, selection, xla
 from .arrays import INTEGER8
 from .errors import ArgumentTypeError, MissingDependencyError, UnsupportedError
 from .geometry import ConvGeometry, PoolGeometry, flag
@@ -274,6 +274,9 @@ def _adopt(**named: Any) -> list[Any]:
 
 def _on_images(p: Primitive, operands: Sequence[Any], geometry: Any, **how: Any) -> list[Any]:
     """Bind a primitive; the first operand may lack the batch dimension, which primitives always have."""
+    if "algorithm" in how:
+        registry.named(how["algorithm"], "cpu")
+        selection.checked_precision(how["precision"])
     image, *others = operands
     options = tuple(sorted(config.scoped().items()))
     found = p.bind(

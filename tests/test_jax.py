@@ -14,7 +14,7 @@ from fastconv.testing import CONV_CASES, POOL_CASES, assert_close
 jax = pytest.importorskip("jax", reason="JAX is not installed: pip install 'fastconv[jax]'")
 
 import jax.numpy as jnp  # noqa: E402
-from jax import lax  # noqa: E402
+from jax import export, lax  # noqa: E402
 
 import fastconv.jax as fj  # noqa: E402
 from fastconv import nn  # noqa: E402
@@ -371,6 +371,10 @@ def test_errors_of_arguments_are_raised_by_the_call():
         fj.conv2d(x, None)
     with pytest.raises(fastconv.ArgumentError, match="activation must be one of"):
         fj.conv2d(x, w, b, **HOW, activation="gelu")
+    with pytest.raises(fastconv.ArgumentTypeError, match="algorithm must be"):
+        fj.conv2d(x, w, b, **HOW, algorithm=["direct"])
+    with pytest.raises(fastconv.ArgumentError, match="precision must be one of"):
+        fj.conv2d(x, w, b, **HOW, precision="low")
     with pytest.raises(TypeError, match=r"conv2d\(\) got an unexpected keyword argument 'out'"):
         fj.conv2d(x, w, out=x)
 
@@ -387,7 +391,7 @@ def test_an_algorithm_that_cannot_do_it_is_refused_by_the_call():
 
 def test_other_devices_are_refused():
     with pytest.raises(fastconv.UnsupportedError, match="computes on the CPU, not on cuda"):
-        jax.export.export(jax.jit(lambda x: fj.max_pool2d(x, 2)), platforms=["cuda"])(PROBLEM[0])
+        export.export(jax.jit(lambda x: fj.max_pool2d(x, 2)), platforms=["cuda"])(PROBLEM[0])
 
 
 def test_what_goes_wrong_in_a_kernel_is_an_error_of_the_program(monkeypatch):
