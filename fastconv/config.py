@@ -160,6 +160,11 @@ def state() -> tuple[Any, ...]:
     return _generation, _scoped.get(), variables, _watched and tuple([watched() for watched in _watched])
 
 
+def scoped() -> dict[str, Any]:
+    """Return the options that ``with`` blocks set here: what another thread passes to :func:`options` to have them."""
+    return dict(_scoped.get())
+
+
 def changed() -> None:
     """Let no call rely on what was decided before."""
     global _generation

@@ -48,6 +48,7 @@ _WITHOUT = {
     "scipy": "algorithm 'fft' is off",
     "ml_dtypes": "bfloat16 arrays are off",
     "torch": "PyTorch tensors and the comparison with PyTorch are off",
+    "jax": "fastconv.jax is off",
     "matplotlib": "plots are off",
     "tqdm": "progress bars are plain",
 }

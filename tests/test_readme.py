@@ -24,6 +24,8 @@ def test_the_figures_are_those_of_the_committed_results():
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_the_python_it_shows_runs(block):
+    if "fastconv.jax" in block:
+        pytest.importorskip("jax", reason="JAX is not installed: pip install 'fastconv[jax]'")
     exec(compile(block, "README.md", "exec"), {})
 
 
@@ -47,3 +49,13 @@ def test_the_quickstart_runs():
     assert done.returncode == 0, done.stderr
     assert "30. 30." in done.stdout
     assert "A wrong shape: x of shape" in done.stdout
+
+
+def test_the_loop_by_hand_learns():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / "06_cupy_loop.py")],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"(\d\.\d+) (?:at first|after)", done.stdout))
+    assert after < before / 2

@@ -102,6 +102,8 @@ def _pixels_shape(shape, stored):
 
 
 # --- prepared calls --------------------------------------------------------------------------------------------
+#
+# Each of the functions made here writes to the C-contiguous arrays it is given for its results, or makes them.
 
 
 def prepared_forward(choice, geometry, activation):
@@ -127,8 +129,8 @@ def prepared_bias_grad(geometry):
     shape = _pixels_shape(_shape(g.data_format, g.batch, g.out_channels, g.output_size), g.data_format)
     make = allocator((g.out_channels,), g.dtype)
 
-    def run(grad_output):
-        result = make()
+    def run(grad_output, result=None):
+        result = make() if result is None else result
         epilogue.sum_pixels(grad_output.reshape(shape), result)
         return result
 
@@ -143,10 +145,10 @@ def _prepared(choice, geometry, direction, shape, activation=None):
     # The workspace is for so many threads.
     count = threads.count() if choice.buffers else None
 
-    def run(a, b, bias=None):
+    def run(a, b, bias=None, result=None):
         if count is not None and threads.count() != count:
             return None
-        result = make()
+        result = make() if result is None else result
         compute(a, b, bias, result)
         return result
 
@@ -269,16 +271,17 @@ def prepared_max_pool(geometry, dtype, return_indices):
     compute, make = _maximum(g, g.data_format, dtype, return_indices), allocator(g.output_shape, dtype)
     if not return_indices:
 
-        def run_alone(x):
-            y = make()
+        def run_alone(x, y=None):
+            y = make() if y is None else y
             compute(x, y)
             return y
 
         return run_alone
     make_indices = allocator(g.output_shape, np.int64)
 
-    def run(x):
-        y, indices = make(), make_indices()
+    def run(x, y=None, indices=None):
+        y = make() if y is None else y
+        indices = make_indices() if indices is None else indices
         compute(x, y, indices)
         return y, indices
 
@@ -302,8 +305,8 @@ def prepared_max_pool_backward(grad_output, indices, input_shape, data_format):
     sizes = _planes(data_format, (1,) * (grad_output.ndim - len(input_shape)) + input_shape)[1:4]
     compute, make = pool.scatter_add(dtype, shape, sizes, indices), allocator(input_shape, dtype)
 
-    def run(grad_output, indices):
-        dx = make()
+    def run(grad_output, indices, dx=None):
+        dx = make() if dx is None else dx
         return dx if compute(grad_output, indices, dx) else None
 
     return run
@@ -365,8 +368,8 @@ def _one_to_one(compute, shape, dtype):
     """Return a function that makes a result and computes it from one array."""
     make = allocator(shape, dtype)
 
-    def run(array):
-        result = make()
+    def run(array, result=None):
+        result = make() if result is None else result
         compute(array, result)
         return result
 

@@ -334,7 +334,7 @@ def avg_poolNd(
         x.shape, kernel_size, stride, padding, dilation, ceil_mode,
         spatial_dims=dims, data_format=data_format, average=True,
     )  # fmt: skip
-    counted, divisor = flag("count_include_pad", count_include_pad), _divisor(divisor_override)
+    counted, divisor = flag("count_include_pad", count_include_pad), checked_divisor(divisor_override)
 
     calls.keep(key, arguments, runner(library.device).prepared_avg_pool(geometry, x.dtype, counted, divisor))
     y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), counted, divisor)
@@ -388,7 +388,7 @@ def avg_poolNd_backward(
         input_shape, kernel_size, stride, padding, dilation, ceil_mode,
         spatial_dims=dims, data_format=data_format, name="input_shape", average=True,
     )  # fmt: skip
-    counted, divisor = flag("count_include_pad", count_include_pad), _divisor(divisor_override)
+    counted, divisor = flag("count_include_pad", count_include_pad), checked_divisor(divisor_override)
     return _average_grad(library, geometry, grad, counted, divisor, key, arguments)
 
 
@@ -617,7 +617,7 @@ def _raise_index(indices: np.ndarray, spatial: tuple[int, ...], lowest: int) -> 
     raise ArgumentError(f"indices must lie in 0 to {size - 1} for a plane of size {spatial}, not {int(bad.flat[0])}")
 
 
-def _divisor(value: Any) -> int:
+def checked_divisor(value: Any) -> int:
     """0 stands for "the number of elements"."""
     if value is None:
         return 0

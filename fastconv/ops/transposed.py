@@ -87,7 +87,9 @@ def conv_transposeNd(
     array([[[1., 1., 1., 1., 1., 1.]]])
     """
     library, (x, weight, bias) = adopt_operands(x, weight, bias)
-    geometry = _geometry(dims, x, weight, stride, padding, output_padding, groups, dilation, output_size, data_format)
+    geometry = transposed_geometry(
+        dims, x, weight, stride, padding, output_padding, groups, dilation, output_size, data_format
+    )
     check_bias(bias, geometry.in_channels, x.dtype)
     check_activation(activation, x.dtype)
     target = adopt_out(library, out, geometry.x_shape, x.dtype)
@@ -146,7 +148,9 @@ def conv_transposeNd_backward(
     array([[[3., 3.]]])
     """
     library, (grad, x, weight) = adopt_all(grad_output=grad_output, x=x, weight=weight)
-    geometry = _geometry(dims, x, weight, stride, padding, output_padding, groups, dilation, output_size, data_format)
+    geometry = transposed_geometry(
+        dims, x, weight, stride, padding, output_padding, groups, dilation, output_size, data_format
+    )
     wanted = check_needs(needs)
     check_gradient(grad, geometry.x_shape, x.dtype)
     found: dict[str, Any] = dict.fromkeys(NEEDS)
@@ -174,7 +178,7 @@ conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd)
 conv_transpose1d_backward, conv_transpose2d_backward, conv_transpose3d_backward = entries(conv_transposeNd_backward)
 
 
-def _geometry(
+def transposed_geometry(
     dims: int,
     x: np.ndarray,
     weight: np.ndarray,
@@ -186,6 +190,7 @@ def _geometry(
     output_size: Any,
     data_format: Any,
 ) -> ConvGeometry:
+    """Check dtypes and shapes of a transposed convolution; return the convolution whose input gradient it is."""
     arrays.check_dtype("x", x, FLOATING)
     arrays.check_same_dtype("weight", weight, "x", x.dtype)
     check_weight_dims(dims, weight, "(C, K // groups, *kernel)")
