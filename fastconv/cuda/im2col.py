@@ -239,8 +239,8 @@ def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
 
 def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
     """Predicted time: the product, and columns that are written and read; not measured."""
-    g = geometry
-    blocks = -(-_pixels(g) // _block(g, direction, MOST_BYTES).pixels)
+    g, block = geometry, _block(geometry, direction, MOST_BYTES)
+    blocks = -(-_pixels(g) // (block.pixels * block.chains))
     moved = 2 * g.batch * math.prod(g.output_size) * g.groups * g.reduction_length * g.dtype.itemsize
     return roofline.seconds(g, architecture, SHARE, 1 + 3 * blocks) + moved / roofline.peak(architecture).bytes
 

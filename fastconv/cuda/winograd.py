@@ -38,8 +38,8 @@ toolchain.import_cuda()
 
 from numba.cuda.types import CPointer, float32  # noqa: E402
 
-# 8x8 sums of a thread, twice, for the chains, and their factors: two blocks of 255 registers on a multiprocessor.
-WIDE, NARROW = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8)
+# 8x8 sums of a thread, twice, for the chains: 255 registers for each of 256 threads on a multiprocessor.
+WIDE, NARROW, SMALL = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8), Tile(64, 64, 16, 8, 8, blocks=4)
 # Products per running sum, and channels times blocks of taps up to which their sum was measured to keep its promise.
 CHAINS = {2: 256, 4: 64}
 TILE_CHAINS = {2: 128, 4: 32}
@@ -141,8 +141,9 @@ class Winograd:
 def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Tile | None) -> Sizes:
     """Return as many tiles at a time as the limit has room for, all the same number of them."""
     p = problem(g, direction, m)
-    tile = tile or (NARROW if p.targets <= 64 else WIDE)
     backward = direction == "weight_grad"
+    if tile is None:
+        tile = WIDE if p.targets > 64 else NARROW if (p.depth if backward else p.tile_count) > 64 else SMALL
     rows, inner = (tile.depth, tile.rows) if backward else (tile.rows, tile.depth)
     depth, targets = _up(p.depth, inner), _up(p.targets, tile.columns)
     matrices, parts = (m + 2) ** 2 * g.groups, 1
