@@ -321,9 +321,8 @@ class _Launches:
         self.G, self.C, self.K = g.groups, g.in_channels // g.groups, g.out_channels // g.groups
         self.taps, self.depth, self.total = math.prod(g.kernel_size), g.reduction_length, _pixels(g)
         at_once = block.pixels * block.chains * self.G
-        padding = math.prod(2 * n for n in g.padded_size) * g.in_channels
         self.wide = needs_wide(
-            padding, g.x_shape, g.output_shape, g.weight_shape, at_once * self.depth, at_once * self.K,
+            g.x_shape, g.output_shape, g.weight_shape, at_once * self.depth, at_once * self.K,
             block.chains * math.prod(g.weight_shape),
         )  # fmt: skip
 

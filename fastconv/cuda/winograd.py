@@ -31,7 +31,7 @@ from . import roofline, toolchain, winograd_kernels
 from .architecture import Architecture
 from .epilogue import CODES
 from .gemm_kernels import Tile
-from .indices import step
+from .indices import needs_wide, step
 from .steps import Step
 
 toolchain.import_cuda()
@@ -125,7 +125,7 @@ class Winograd:
         tile: Tile | None = None,
     ) -> list[Step]:
         """Return the launches of a direction; `limit` is as for `workspace`, `tile` for tests to shrink."""
-        launches = _Launches(geometry, direction, self.m, self._sizes(geometry, direction, limit, tile), architecture)
+        launches = _Launches(geometry, self.m, self._sizes(geometry, direction, limit, tile), architecture)
         slices = range(0, launches.sizes.problem.tile_count, launches.sizes.tiles)
         if direction == "weight_grad":
             found = [made for first in slices for made in launches.gradient_of_slice(first)]
@@ -166,21 +166,16 @@ def _up(count: int, to: int) -> int:
 class _Launches:
     """The launches of one direction."""
 
-    def __init__(self, g: ConvGeometry, direction: str, m: int, sizes: Sizes, architecture: str) -> None:
-        self.g, self.direction, self.m, self.sizes, self.problem = g, direction, m, sizes, sizes.problem
+    def __init__(self, g: ConvGeometry, m: int, sizes: Sizes, architecture: str) -> None:
+        self.g, self.m, self.sizes, self.problem = g, m, sizes, sizes.problem
         self.matrices, self.t2 = filtering(m), (m + 2) ** 2
         self.asynchronous = Architecture.named(architecture).capability >= 80
         self.last = g.data_format == "channels_last"
-        self.wide = self._needs_wide()
-
-    def _needs_wide(self) -> bool:
-        """Return whether an index, or a thread counted to the end of its block, could pass what 32 bits hold."""
-        g, s = self.g, self.sizes
-        images = [math.prod(shape) for shape in (g.x_shape, g.output_shape, g.weight_shape)]
-        extents = (s.tiles * s.depth, s.tiles * s.targets, s.parts * s.depth * s.targets)
-        padding = sum(2 * n + b + a for n, (b, a) in zip(g.padded_size, g.padding))
-        halo = padding**2 * (g.in_channels + g.out_channels)
-        return max(*images, *(self.t2 * g.groups * e for e in extents)) + halo + THREADS >= 2**31
+        s, many = sizes, self.t2 * g.groups
+        self.wide = needs_wide(
+            g.x_shape, g.output_shape, g.weight_shape, many * s.tiles * max(s.depth, s.targets),
+            many * s.parts * s.depth * s.targets,
+        )  # fmt: skip
 
     def weight(self) -> Step:
         """U of the weight."""
