@@ -239,8 +239,8 @@ def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
 
 def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
     """Predicted time: the product, and columns that are written and read; not measured."""
-    g = geometry
-    blocks = -(-_pixels(g) // _block(g, direction, MOST_BYTES).pixels)
+    g, block = geometry, _block(geometry, direction, MOST_BYTES)
+    blocks = -(-_pixels(g) // (block.pixels * block.chains))
     moved = 2 * g.batch * math.prod(g.output_size) * g.groups * g.reduction_length * g.dtype.itemsize
     return roofline.seconds(g, architecture, SHARE, 1 + 3 * blocks) + moved / roofline.peak(architecture).bytes
 
@@ -321,9 +321,8 @@ class _Launches:
         self.G, self.C, self.K = g.groups, g.in_channels // g.groups, g.out_channels // g.groups
         self.taps, self.depth, self.total = math.prod(g.kernel_size), g.reduction_length, _pixels(g)
         at_once = block.pixels * block.chains * self.G
-        padding = math.prod(2 * n for n in g.padded_size) * g.in_channels
         self.wide = needs_wide(
-            padding, g.x_shape, g.output_shape, g.weight_shape, at_once * self.depth, at_once * self.K,
+            g.x_shape, g.output_shape, g.weight_shape, at_once * self.depth, at_once * self.K,
             block.chains * math.prod(g.weight_shape),
         )  # fmt: skip
 

@@ -31,15 +31,15 @@ from . import roofline, toolchain, winograd_kernels
 from .architecture import Architecture
 from .epilogue import CODES
 from .gemm_kernels import Tile
-from .indices import step
+from .indices import needs_wide, step
 from .steps import Step
 
 toolchain.import_cuda()
 
 from numba.cuda.types import CPointer, float32  # noqa: E402
 
-# 8x8 sums of a thread, twice, for the chains, and their factors: two blocks of 255 registers on a multiprocessor.
-WIDE, NARROW = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8)
+# 8x8 sums of a thread, twice, for the chains: 255 registers for each of 256 threads on a multiprocessor.
+WIDE, NARROW, SMALL = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8), Tile(64, 64, 16, 8, 8, blocks=4)
 # Products per running sum, and channels times blocks of taps up to which their sum was measured to keep its promise.
 CHAINS = {2: 256, 4: 64}
 TILE_CHAINS = {2: 128, 4: 32}
@@ -125,7 +125,7 @@ class Winograd:
         tile: Tile | None = None,
     ) -> list[Step]:
         """Return the launches of a direction; `limit` is as for `workspace`, `tile` for tests to shrink."""
-        launches = _Launches(geometry, direction, self.m, self._sizes(geometry, direction, limit, tile), architecture)
+        launches = _Launches(geometry, self.m, self._sizes(geometry, direction, limit, tile), architecture)
         slices = range(0, launches.sizes.problem.tile_count, launches.sizes.tiles)
         if direction == "weight_grad":
             found = [made for first in slices for made in launches.gradient_of_slice(first)]
@@ -141,8 +141,9 @@ class Winograd:
 def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Tile | None) -> Sizes:
     """Return as many tiles at a time as the limit has room for, all the same number of them."""
     p = problem(g, direction, m)
-    tile = tile or (NARROW if p.targets <= 64 else WIDE)
     backward = direction == "weight_grad"
+    if tile is None:
+        tile = WIDE if p.targets > 64 else NARROW if (p.depth if backward else p.tile_count) > 64 else SMALL
     rows, inner = (tile.depth, tile.rows) if backward else (tile.rows, tile.depth)
     depth, targets = _up(p.depth, inner), _up(p.targets, tile.columns)
     matrices, parts = (m + 2) ** 2 * g.groups, 1
@@ -165,21 +166,16 @@ def _up(count: int, to: int) -> int:
 class _Launches:
     """The launches of one direction."""
 
-    def __init__(self, g: ConvGeometry, direction: str, m: int, sizes: Sizes, architecture: str) -> None:
-        self.g, self.direction, self.m, self.sizes, self.problem = g, direction, m, sizes, sizes.problem
+    def __init__(self, g: ConvGeometry, m: int, sizes: Sizes, architecture: str) -> None:
+        self.g, self.m, self.sizes, self.problem = g, m, sizes, sizes.problem
         self.matrices, self.t2 = filtering(m), (m + 2) ** 2
         self.asynchronous = Architecture.named(architecture).capability >= 80
         self.last = g.data_format == "channels_last"
-        self.wide = self._needs_wide()
-
-    def _needs_wide(self) -> bool:
-        """Return whether an index, or a thread counted to the end of its block, could pass what 32 bits hold."""
-        g, s = self.g, self.sizes
-        images = [math.prod(shape) for shape in (g.x_shape, g.output_shape, g.weight_shape)]
-        extents = (s.tiles * s.depth, s.tiles * s.targets, s.parts * s.depth * s.targets)
-        padding = sum(2 * n + b + a for n, (b, a) in zip(g.padded_size, g.padding))
-        halo = padding**2 * (g.in_channels + g.out_channels)
-        return max(*images, *(self.t2 * g.groups * e for e in extents)) + halo + THREADS >= 2**31
+        s, many = sizes, self.t2 * g.groups
+        self.wide = needs_wide(
+            g.x_shape, g.output_shape, g.weight_shape, many * s.tiles * max(s.depth, s.targets),
+            many * s.parts * s.depth * s.targets,
+        )  # fmt: skip
 
     def weight(self) -> Step:
         """U of the weight."""

@@ -199,7 +199,7 @@ def test_theirsalike_are_compiled_and_loaded_once_and_launched_on_the_stream_of_
 
 
 def test_winograd(cupy, monkeypatch):
-    monkeypatch.setattr(winograd, "NARROW", Tile(16, 32, 8, 4, 8))
+    monkeypatch.setattr(winograd, "SMALL", Tile(16, 32, 8, 4, 8))
     winograd._sizes.cache_clear()
     x, w, b = whole("x", shape=(1, 3, 5, 4)), whole("w", shape=(2, 3, 3, 3)), whole("b", shape=(2,))
     got = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), padding=1, algorithm="winograd_f2x3")
