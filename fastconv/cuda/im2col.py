@@ -16,6 +16,7 @@ told to. The kernels have run in the emulator with NumPy's products between them
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from .elements import Element
 from .epilogue import CODES, activate
 from .indices import divided, index_type, needs_wide, step
 from .lanes import loader, storer, widest
-from .steps import Call, Step
+from .steps import Call, Step, renamed
 from .sums import CHAIN
 
 cuda = toolchain.import_cuda()
@@ -145,6 +146,7 @@ def place(element: Element, pixels_inside: bool, lanes: int, wide: bool, has_bia
 def gather(element: Element, pixels_inside: bool, wide: bool) -> Any:
     """Return the kernel of col2im: each pixel of the input sums what the columns have for it, of some output pixels."""
     index, divide, sums = index_type(wide), divided(wide), element.sums
+    widen, narrow = element.widen, element.narrow
 
     def source_of(at, stride, size):
         found = index(-1)
@@ -184,12 +186,12 @@ def gather(element: Element, pixels_inside: bool, wide: bool) -> Any:
                         if o >= 0 and p >= 0 and q >= 0 and pixel >= 0 and pixel < L:
                             tap = index((t * R + r) * S + s)
                             if pixels_inside:
-                                value += matrix[index((group * depth + c * (T * R * S) + tap) * L + pixel)]
+                                value += widen(matrix[index((group * depth + c * (T * R * S) + tap) * L + pixel)])
                             else:
-                                value += matrix[index((group * L + pixel) * depth + tap * C + c)]
+                                value += widen(matrix[index((group * L + pixel) * depth + tap * C + c)])
             if add > 0:
-                value += out[number]
-            out[number] = value
+                value += widen(out[number])
+            out[number] = narrow(value)
 
     im2col_gather.__name__ = f"im2col_gather_{element.name}"
     return im2col_gather
@@ -284,6 +286,24 @@ def steps(
     return launches.input_grad() if direction == "input_grad" else launches.forward(bias, CODES[activation])
 
 
+def unfold(geometry: ConvGeometry) -> list[Step]:
+    """Return the launch from "x", (N, C, *spatial), to "out", (N, C*taps, pixels): all windows as columns."""
+    images = _side_by_side(geometry)
+    return renamed([images.columns("x", True, 0, images.total)], columns="out")
+
+
+def fold(geometry: ConvGeometry) -> list[Step]:
+    """Return the launch from "columns", (N, C*taps, pixels), to "out", (N, C, *spatial): the sums for each pixel."""
+    images = _side_by_side(geometry)
+    return [images.gather(0, 1, 0, images.total, False)]
+
+
+def _side_by_side(g: ConvGeometry) -> _Launches:
+    """Return the launches of one image whose groups are the images of a batch: channels first, one filter each."""
+    inside = replace(g, batch=1, in_channels=g.batch * g.in_channels, out_channels=g.batch, groups=g.batch)
+    return _Launches(inside, Block(_pixels(inside)))
+
+
 def _pixels(g: ConvGeometry) -> int:
     return g.batch * math.prod(g.output_size)
 
@@ -332,7 +352,7 @@ class _Launches:
         made: list[Step | Call] = [self._pack(True)] if self.last else []
         for first in range(0, self.total, self.block.pixels):
             L = min(self.block.pixels, self.total - first)
-            made.append(self._columns("x", not self.last, first, L))
+            made.append(self.columns("x", not self.last, first, L))
             if self.last:
                 made.append(_product("columns", "packed", "product", G, L, depth, K))
             else:
@@ -348,12 +368,12 @@ class _Launches:
             end = min(start + max(self.block.pixels, image), self.total)
             for first in range(start, end, self.block.pixels):
                 L = min(self.block.pixels, end - first)
-                made.append(self._columns("grad_output", not self.last, first, L))
+                made.append(self.columns("grad_output", not self.last, first, L))
                 if self.last:
                     made.append(_product("grads", "packed", "columns", G, L, K, depth))
                 else:
                     made.append(_product("packed", "grads", "columns", G, depth, K, L))
-                made.append(self._gather(start // image, -(-end // image), first, L, first > start))
+                made.append(self.gather(start // image, -(-end // image), first, L, first > start))
         return made
 
     def weight_grad(self) -> list[Step | Call]:
@@ -363,15 +383,15 @@ class _Launches:
         elements = math.prod(g.weight_shape)
         for first in range(0, self.total, L * self.block.chains):
             chains = min(self.block.chains, -(-(self.total - first) // L))
-            made.append(self._columns("x", False, first, L, chains))
-            made.append(self._columns("grad_output", True, first, L, chains))
+            made.append(self.columns("x", False, first, L, chains))
+            made.append(self.columns("grad_output", True, first, L, chains))
             made.append(_product("grads", "columns", "product", chains * G, K, L, depth))
             kernel = add_chains(self.element, self.last, self.wide)
             numbers = (elements, chains, int(first > 0), self.C, self.taps)
             made.append(self._step(kernel, ("product", "out"), numbers, elements))
         return made
 
-    def _columns(self, source: str, pixels_inside: bool, first: int, L: int, chains: int = 1) -> Step:
+    def columns(self, source: str, pixels_inside: bool, first: int, L: int, chains: int = 1) -> Step:
         """Windows of x, or the output gradient as the windows of a kernel of one tap."""
         g, ones, zeros = self.g, (1, 1, 1), (0, 0, 0)
         C, kernel, size, target = self.C, g.kernel_size, g.input_size, "columns"
@@ -401,7 +421,7 @@ class _Launches:
         kernel = place(self.element, not self.last, lanes, self.wide, bias, code)
         return self._step(kernel, ("product", "bias", "out"), numbers, total)
 
-    def _gather(self, first_image: int, last_image: int, first: int, L: int, add: bool) -> Step:
+    def gather(self, first_image: int, last_image: int, first: int, L: int, add: bool) -> Step:
         g = self.g
         image = g.in_channels * math.prod(g.input_size)
         total = (last_image - first_image) * image

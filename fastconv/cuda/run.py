@@ -23,7 +23,7 @@ from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, NumpyArrays, library
 from ..errors import ArgumentError, UnsupportedError
 from ..geometry import ConvGeometry, PoolGeometry
 from ..registry import Buffer, workspace_bytes
-from . import bias, launch, padding, pool
+from . import bias, im2col, launch, padding, pool
 from .compile import compile_kernel
 from .elements import SUPPORTED, Element
 from .steps import Call, Step
@@ -442,8 +442,8 @@ def _first_axis(stored: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _pool_launches(make: Callable[..., list[Step]], library: DeviceLibrary, *arguments: Any) -> list[Launch]:
-    """Return the launches of a function of `pool.py`, on a library's GPU."""
+def _launches_of(make: Callable[..., list[Step]], library: DeviceLibrary, *arguments: Any) -> list[Launch]:
+    """Return the launches of a function that makes steps, on a library's GPU."""
     return ready(make(*arguments), library.device)
 
 
@@ -465,7 +465,7 @@ def _pooled(
         shape = _shape(stored, g.batch, g.channels, g.input_size if backward else g.output_size)
         out = library.empty(shape, given.dtype)
         where = library.empty(shape, np.dtype(np.int64)) if indices else None
-        launches = _pool_launches(make, library, replace(g, data_format=stored), given.dtype, *arguments)
+        launches = _launches_of(make, library, replace(g, data_format=stored), given.dtype, *arguments)
         _run(launches, library, {"grad_output" if backward else "x": source, "out": out, "indices": where})
         return _moved(out, stored, g.data_format), None if where is None else _moved(where, stored, g.data_format)
 
@@ -507,7 +507,7 @@ def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: Device
             replace(g, data_format=stored),
             library.empty(_shape(stored, g.batch, g.channels, g.input_size), dtype),
         )
-        launches = _pool_launches(pool.lp_pool_grad, library, inside, dtype, power)
+        launches = _launches_of(pool.lp_pool_grad, library, inside, dtype, power)
         _run(launches, library, {**operands, "out": out}, pool.lp_pool_grad_workspace(inside, dtype))
         return _moved(_converted(out, x.dtype), stored, g.data_format)
 
@@ -531,7 +531,7 @@ def _scattered(
         source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
         out = library.empty(_shape(stored, batch, channels, spatial), values.dtype)
         shape, size = _planes(source.shape, stored), _planes(out.shape, stored)[1:4]
-        launches = _pool_launches(pool.scatter, library, shape, size, values.dtype, latest)
+        launches = _launches_of(pool.scatter, library, shape, size, values.dtype, latest)
         buffers = pool.scatter_workspace(shape, size)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out}, buffers)
         return _moved(out, stored, data_format), True
@@ -564,7 +564,7 @@ def max_unpool_backward(
         out = library.empty(_shape(stored, batch, channels, input_size), grad_output.dtype)
         outer, *windows, inner = _planes(out.shape, stored)
         size = math.prod(_planes(source.shape, stored)[1:4])
-        launches = _pool_launches(pool.gather, library, (outer, math.prod(windows), inner), size, grad_output.dtype)
+        launches = _launches_of(pool.gather, library, (outer, math.prod(windows), inner), size, grad_output.dtype)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out})
         return _moved(out, stored, data_format), True
 
@@ -587,7 +587,7 @@ def _prepared_pool(
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
-        return _pool_launches(make, library, geometry, dtype, *arguments), {}
+        return _launches_of(make, library, geometry, dtype, *arguments), {}
 
     results = {"out": (geometry.x_shape if backward else geometry.output_shape, dtype)}
     if indices:
@@ -624,20 +624,33 @@ def prepared_max_pool_backward(
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
-        return _pool_launches(pool.scatter, library, shape, size, dtype, False), pool.scatter_workspace(shape, size)
+        return _launches_of(pool.scatter, library, shape, size, dtype, False), pool.scatter_workspace(shape, size)
 
     return _prepared(launches, ("grad_output", "indices"), out=(input_shape, dtype))
 
 
-# --- not there yet ---------------------------------------------------------------------------------------------
+# --- patches ---------------------------------------------------------------------------------------------------
 
 
-def _missing(name: str) -> Callable[..., Any]:
-    def refuse(*arguments: Any, **named: Any) -> Any:
-        raise UnsupportedError(f"{name} has no CUDA kernels yet; convolution has")
-
-    refuse.__doc__ = f"Refuse {name}."
-    return refuse
+def unfold(geometry: ConvGeometry, x: DeviceArray) -> DeviceArray:
+    """Return the windows of x as columns: (N, C*prod(kernel), L)."""
+    g = geometry
+    return _patches(im2col.unfold, g, "x", x, (g.batch, g.reduction_length, math.prod(g.output_size)))
 
 
-unfold, fold = map(_missing, ("unfold", "fold"))
+def fold(geometry: ConvGeometry, columns: DeviceArray) -> DeviceArray:
+    """Return the image whose pixels are the sums of the columns' elements: (N, C, *output_size)."""
+    g = geometry
+    return _patches(im2col.fold, g, "columns", columns, (g.batch, g.in_channels, *g.input_size))
+
+
+def _patches(
+    make: Callable[..., list[Step]], g: ConvGeometry, name: str, given: DeviceArray, shape: tuple[int, ...]
+) -> DeviceArray:
+    library = given.library
+    with library.current():
+        source, out = _contiguous(given), library.empty(shape, g.dtype)
+        if out.size:
+            launches = _launches_of(make, library, g.lifted("channels_first", g.dtype))
+            _run(launches, library, {name: source, "out": out})
+        return out
