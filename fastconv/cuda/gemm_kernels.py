@@ -251,9 +251,10 @@ def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
 
 
 def gather(
-    tile: Tile, channels_last: bool, run: int, vector_out: bool, asynchronous: bool, wide: bool, bias_: bool, code: int
-) -> Any:
-    """Return the kernel of one phase.
+    tile: Tile, channels_last: bool, run: int, vector_out: bool, asynchronous: bool, wide: bool, adds: bool,
+    bias_: bool, code: int,
+) -> Any:  # fmt: skip
+    """Return the kernel of one phase, or of one chain of its products.
 
     Parameters
     ----------
@@ -264,6 +265,8 @@ def gather(
         Whether four columns of the result are neighbours at a multiple of 16 bytes.
     asynchronous, wide : bool
         Whether there is cp.async; whether indices have 64 bits.
+    adds : bool
+        Whether to add to what an earlier chain has written.
     bias_, code : bool and int
         Bias and activation.
     """
@@ -340,6 +343,9 @@ def gather(
     def bias_of(bias, first, line, real_lines):
         return bias[int32(first + line)] if bias_ and line < real_lines else float32(0)
 
+    def earlier(out, at, exists):
+        return out[index(at)] if adds and exists else float32(0)
+
     def write_last(out, bias, sums, targets, first_line, first_bias, real_lines, target_plane, row, column):
         for i in range(down):
             target = targets[int32(row + int32(i * threads_down))]
@@ -349,7 +355,8 @@ def gather(
                     four = cuda.local.array(4, float32)
                     for e in range(4):
                         shift = bias_of(bias, first_bias, int32(line + e), real_lines)
-                        four[e] = activate(sums[i * across + 4 * j + e] + shift, code)
+                        before = earlier(out, target + line + e, line + e < real_lines)
+                        four[e] = activate(before + sums[i * across + 4 * j + e] + shift, code)
                     if vector_out:
                         if line < real_lines:
                             ptx.store4(out, index(target + line), (four[0], four[1], four[2], four[3]))
@@ -367,7 +374,9 @@ def gather(
                     pixel = int32((column + int32(j * threads_across)) * int32(4))
                     four = cuda.local.array(4, float32)
                     for e in range(4):
-                        four[e] = activate(sums[i * across + 4 * j + e] + shift, code)
+                        target = targets[int32(pixel + e)]
+                        before = earlier(out, target + line * target_plane, target >= 0)
+                        four[e] = activate(before + sums[i * across + 4 * j + e] + shift, code)
                     if vector_out:
                         target = targets[pixel]
                         if target >= 0:
@@ -382,7 +391,7 @@ def gather(
     write = write_last if channels_last else write_first
 
     def kernel(
-        x, packed, taps, bias, out, total, packed_first, taps_first, steps, real_lines, inner,
+        x, packed, taps, bias, out, total, packed_first, taps_first, steps, all_steps, real_lines, inner,
         C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first, w_first, d_step, h_step, w_step,
         od_first, oh_first, ow_first, od_step, oh_step, ow_step,
     ):  # fmt: skip
@@ -422,7 +431,7 @@ def gather(
         to, table, entry, x_first, x_step, weight_to, weight = first(thread, plane)
         entry = index(taps_first + entry)
         weight_tile = index(index(group) * index(cuda.gridDim.y) + index(cuda.blockIdx.y))
-        weight = index(packed_first + weight_tile * steps * index(lines_of_tile * depth) + weight)
+        weight = index(packed_first + weight_tile * all_steps * index(lines_of_tile * depth) + weight)
         for stage in range(ahead):
             if stage < steps:
                 fetch(tiles, int32(stage * size), x, packed, taps, pixels, entry, weight, to, table, x_first, x_step,
@@ -485,12 +494,13 @@ PAD = 4
 
 
 def weight_gradient(
-    tile: Tile, channels_last: bool, filter_run: int, channel_run: int, asynchronous: bool, wide: bool
+    tile: Tile, channels_last: bool, filter_run: int, channel_run: int, asynchronous: bool, wide: bool, adds: bool
 ) -> Any:
     """Return the kernel that multiplies output gradients with pixels of x: rows are filters, columns (tap, channel).
 
     partial is (splits, K, taps * C // groups): what each share of the pixels adds. Both tiles are [pixel][line], and
-    with channels last 4 or 1 lines (`filter_run`, `channel_run`) are copied together.
+    with channels last 4 or 1 lines (`filter_run`, `channel_run`) are copied together. The shares begin at the step
+    `skip`; with `adds` they are added to those of an earlier launch.
     """
     rows, columns, depth, threads, stages = tile.rows, tile.columns, tile.depth, tile.threads, tile.stages
     threads_down, threads_across = tile.threads_down, tile.threads_across
@@ -555,7 +565,7 @@ def weight_gradient(
     fetch = fetch_last if channels_last else fetch_first
 
     def kernel(
-        x, grad, pixels, partial, total, steps, share, groups, filters, K, inner, real_columns, C, D, H, W, plane,
+        x, grad, pixels, partial, total, skip, steps, share, groups, filters, K, inner, real_columns, C, D, H, W, plane,
         R, S, d_step, h_step, w_step,
     ):  # fmt: skip
         tiles = ptx.pointer_to(cuda.shared.array(0, float32, alignment=128))
@@ -580,7 +590,7 @@ def weight_gradient(
         for i in range(sums_of_thread):
             sums[i] = float32(0)
         first_k, real_rows = int32(group * filters + first_row), int32(filters - first_row)
-        begin = int32(part * share)
+        begin = int32(skip + part * share)
         end = int32(min(int32(begin + share), steps))
         first = index(index(begin) * index(depth))
         for stage in range(ahead):
@@ -610,7 +620,9 @@ def weight_gradient(
             for j in range(across):
                 place = int32(first_column + (column + int32(j // 4 * threads_across)) * int32(4) + int32(j % 4))
                 if line < real_rows and place < real_columns:
-                    partial[index(target + index(line) * real_columns + place)] = sums[i * across + j]
+                    at = index(target + index(line) * real_columns + place)
+                    before = partial[at] if adds else float32(0)
+                    partial[at] = before + sums[i * across + j]
 
     kernel.__name__ = f"weight_gradient_{'nhwc' if channels_last else 'nchw'}_{rows}x{columns}x{depth}"
     return kernel

@@ -3,7 +3,8 @@
 Every direction is a product of tiles that are gathered through two tables while they multiply (`gemm_kernels.py`):
 of pixels, and of taps and channels. Forward and input gradient are dense phases (`blocking.py`); one small launch puts
 the weight of a phase into the order of tiles and tabulates its taps, the next multiplies. The weight gradient sums over
-pixels: blocks share them out, and a second pass adds what each has found, in a fixed order.
+pixels: blocks share them out, and a second pass adds what each has found, in a fixed order. Running sums have at most
+`CHAIN` products: deeper ones are several launches.
 
 Nothing here has run on a GPU; times are predicted from peaks.
 """
@@ -33,6 +34,9 @@ from numba.cuda.types import CPointer, float32, int32, int64  # noqa: E402
 THREADS = 128
 # The most blocks of a grid's second and third dimension.
 MOST_BLOCKS = 65535
+# Products in one running sum: the rounding error of a float32 sum grows with its length. A longer one is cut in
+# launches, each of which adds to what the one before has written.
+CHAIN = 2304
 # Blocks that fill a GPU twice over, and the least steps of depth that are worth a block of their own.
 ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
 # Directions that end in bias and activation.
@@ -100,11 +104,8 @@ def steps(
             places = _places(g, direction, phase, tile)
             if phase.taps:
                 found.append(_prepare_step(g, direction, phase, places, packed_first, taps_first, tile))
-            found.append(
-                _gather_step(
-                    g, direction, phase, places, packed_first, taps_first, activation, bias, architecture, tile
-                )
-            )
+            end = (CODES[activation], bias)
+            found += _gather_steps(g, direction, phase, places, packed_first, taps_first, end, architecture, tile)
             packed_first, taps_first = packed_first + places.elements, taps_first + 4 * places.entries
     return found
 
@@ -189,7 +190,7 @@ def _totals(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
 
 
 class _Share(NamedTuple):
-    """How blocks share out the pixels of a weight gradient: steps in all and for each, entries of the table."""
+    """How blocks share out the pixels of a weight gradient: steps in all, and for each at a time; size of the table."""
 
     steps: int
     each: int
@@ -206,8 +207,9 @@ def _share(geometry: ConvGeometry, limit: int, tile: Tile) -> _Share:
     tiles = -(-filters // tile.rows) * -(-columns // tile.columns) * g.groups
     room = (limit - 4 * steps * tile.depth * _index_dtype(g).itemsize) // (4 * math.prod(g.weight_shape))
     splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
-    each = -(-steps // max(splits, 1))
-    return _Share(steps, each, max(-(-steps // max(each, 1)), 1), steps * tile.depth)
+    each = min(-(-steps // max(splits, 1)), max(CHAIN // tile.depth, 1))
+    splits = max(min(-(-steps // max(each, 1)), splits), 1)
+    return _Share(steps, max(each, 1), splits, steps * tile.depth)
 
 
 # --- launches --------------------------------------------------------------------------------------------------
@@ -240,34 +242,51 @@ def _prepare_step(
     )
 
 
-def _gather_step(
+def _chains(steps: int, each: int) -> list[range]:
+    """Return steps of a tile's depth in chains of equal length, of `each` products or less."""
+    count = max(-(-steps * each // CHAIN), 1)
+    length = max(-(-steps // count), 1)
+    return [range(first, min(first + length, steps)) for first in range(0, max(steps, 1), length)]
+
+
+def _gather_steps(
     g: ConvGeometry, direction: str, phase: Phase, places: _Places, packed_first: int, taps_first: int,
-    activation: str | None, bias: bool, architecture: str, tile: Tile,
-) -> Step:  # fmt: skip
+    end: tuple[int, bool], architecture: str, tile: Tile,
+) -> list[Step]:  # fmt: skip
+    """Return the launches of one phase, chain after chain; the last ends in activation and bias."""
     index, number = _index(g)
     last = places.channels_last
     source_channels, target_channels = _totals(g, direction)
     total = g.batch * phase.positions
     together = places.lines % 4 == 0 if last else phase.is_whole and phase.positions % 4 == 0
-    kernel = gemm_kernels.gather(
-        tile, last, places.run, together, _has_copies(architecture), is_wide(g), bias, CODES[activation]
-    )
-    numbers = (
-        places.k_tiles, places.lines, places.inner, source_channels, *phase.source, target_channels, *phase.target,
-        *phase.column("extent"), *phase.column("in_first"), *phase.column("in_step"), *phase.column("out_first"),
-        *phase.column("out_step"),
-    )  # fmt: skip
-    source, target = ("x", "out") if direction == "forward" else ("grad_output", "out")
-    return Step(
-        kernel,
-        (_F32, _F32, CPointer(index), _F32, _F32, *[index] * 3, *[int32] * len(numbers)),
-        (-(-total // places.tile_pixels), places.line_tiles, g.groups),
-        (tile.threads,),
-        (source, "packed", "taps", "bias", target, *map(number, (total, packed_first, taps_first)),
-         *map(np.int32, numbers)),
-        tile.stages * (tile.rows + tile.columns) * tile.depth * 4,
-        _launch_bounds(tile),
-    )  # fmt: skip
+    source = "x" if direction == "forward" else "grad_output"
+    found = []
+    for chain in _chains(places.k_tiles, tile.depth):
+        code, bias = end if chain.stop == places.k_tiles else (0, False)
+        kernel = gemm_kernels.gather(
+            tile, last, places.run, together, _has_copies(architecture), is_wide(g), chain.start > 0, bias, code
+        )
+        starts = (
+            total, packed_first + chain.start * places.tile_lines * tile.depth,
+            taps_first + 4 * chain.start * tile.depth // places.run,
+        )  # fmt: skip
+        numbers = (
+            len(chain), places.k_tiles, places.lines, places.inner, source_channels, *phase.source, target_channels,
+            *phase.target, *phase.column("extent"), *phase.column("in_first"), *phase.column("in_step"),
+            *phase.column("out_first"), *phase.column("out_step"),
+        )  # fmt: skip
+        found.append(
+            Step(
+                kernel,
+                (_F32, _F32, CPointer(index), _F32, _F32, *[index] * 3, *[int32] * len(numbers)),
+                (-(-total // places.tile_pixels), places.line_tiles, g.groups),
+                (tile.threads,),
+                (source, "packed", "taps", "bias", "out", *map(number, starts), *map(np.int32, numbers)),
+                tile.stages * (tile.rows + tile.columns) * tile.depth * 4,
+                _launch_bounds(tile),
+            )
+        )
+    return found
 
 
 def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile) -> list[Step]:
@@ -285,19 +304,25 @@ def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile)
         ("pixels", *map(number, (share.pixels, total)), *map(np.int32, sizes)),
     )
     filter_run, channel_run = (4 if last and lines % 4 == 0 else 1 for lines in (filters, inner))
-    numbers = (
-        share.steps, share.each, g.groups, filters, g.out_channels, inner, inner * taps, g.in_channels, *g.input_size,
-        math.prod(g.output_size), *g.kernel_size[1:], *g.dilation,
-    )  # fmt: skip
-    product = Step(
-        gemm_kernels.weight_gradient(tile, last, filter_run, channel_run, _has_copies(architecture), wide),
-        (_F32, _F32, CPointer(index), _F32, index, *[int32] * len(numbers)),
-        (-(-filters // tile.rows), -(-inner * taps // tile.columns), g.groups * share.splits),
-        (tile.threads,),
-        ("x", "grad_output", "pixels", "partial", number(total), *map(np.int32, numbers)),
-        tile.stages * (tile.rows + tile.columns + 2 * gemm_kernels.PAD) * tile.depth * 4,
-        _launch_bounds(tile),
-    )
+    products = []
+    for skip in range(0, max(share.steps, 1), share.each * share.splits):
+        numbers = (
+            skip, share.steps, share.each, g.groups, filters, g.out_channels, inner, inner * taps, g.in_channels,
+            *g.input_size, math.prod(g.output_size), *g.kernel_size[1:], *g.dilation,
+        )  # fmt: skip
+        products.append(
+            Step(
+                gemm_kernels.weight_gradient(
+                    tile, last, filter_run, channel_run, _has_copies(architecture), wide, skip > 0
+                ),
+                (_F32, _F32, CPointer(index), _F32, index, *[int32] * len(numbers)),
+                (-(-filters // tile.rows), -(-inner * taps // tile.columns), g.groups * share.splits),
+                (tile.threads,),
+                ("x", "grad_output", "pixels", "partial", number(total), *map(np.int32, numbers)),
+                tile.stages * (tile.rows + tile.columns + 2 * gemm_kernels.PAD) * tile.depth * 4,
+                _launch_bounds(tile),
+            )
+        )
     add = Step(
         gemm_kernels.add_parts(wide),
         (_F32, _F32, index, int32, int32, int32),
@@ -305,7 +330,7 @@ def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile)
         (THREADS,),
         ("partial", "out", number(elements), *map(np.int32, (share.splits, inner, taps))),
     )
-    return [table, product, add] if total else [product, add]
+    return [table, *products, add] if total else [*products, add]
 
 
 def _has_copies(architecture: str) -> bool:

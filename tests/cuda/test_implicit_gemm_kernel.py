@@ -120,6 +120,36 @@ def test_activations_are_applied(activation, layout):
     assert_close(got, wanted.astype(np.float32), algorithm="implicit_gemm", reduction_length=problem.lengths["forward"])
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_long_sums_are_cut_in_chains(direction, layout, monkeypatch):
+    monkeypatch.setattr(implicit_gemm, "CHAIN", 16)
+    # As few shares as there may be: each has several turns.
+    monkeypatch.setattr(implicit_gemm, "ENOUGH_BLOCKS", 2)
+    implicit_gemm._share.cache_clear()
+    problem = conv_problem(ConvCase("long", (2, 9, 5, 4), (10, 9, 3, 3), padding=1), np.float32, whole)
+    activation = None if direction == "weight_grad" else "relu"
+    got = compute(problem, layout, direction, activation=activation)
+    implicit_gemm._share.cache_clear()
+    wanted = {"forward": problem.y, "input_grad": problem.grads[0], "weight_grad": problem.grads[1]}[direction]
+    assert (got == (wanted if direction == "weight_grad" else np.maximum(wanted, 0))).all()
+
+
+def test_chains_keep_the_promise_of_float32_at_any_depth():
+    """What the emulator cannot do at such a depth: the same sums in the same order."""
+    rng = np.random.default_rng(0)
+    for depth in (4608, 9216, 40000):
+        a, b = (rng.standard_normal((400, depth)).astype(np.float32) for _ in range(2))
+        result = np.zeros(400, np.float32)
+        for chain in implicit_gemm._chains(depth // 16, 16):
+            sums = np.zeros(400, np.float32)
+            for k in range(chain.start * 16, chain.stop * 16):
+                sums += a[:, k] * b[:, k]
+            result += sums
+        wanted = (a.astype(np.float64) * b).sum(axis=1)
+        assert np.sqrt(np.mean((result - wanted) ** 2)) <= 1e-6 * np.sqrt(np.mean(wanted**2))
+
+
 def test_an_infinity_reaches_what_it_should_and_nothing_else():
     """Padding is not multiplied, and what lies beyond an image or a group is not read."""
     problem = conv_problem(ConvCase("infinite", (2, 3, 4, 5), (4, 3, 3, 3), padding=1), np.float32)
