@@ -104,7 +104,7 @@ def through(
             found, begun = lines_of(report)
             if how in ("crashed", "hung") and begun and begun not in found:
                 with report.open("a") as file:
-                    file.write(json.dumps({"key": begun, "status": how, "text": tail[-800:]}) + "\n")
+                    file.write("\n" + json.dumps({"key": begun, "status": how, "text": tail[-800:]}) + "\n")
                 found, _ = lines_of(report)
             if how in ("done", "cut") or len(found) == before:
                 return how, found, tail
@@ -220,9 +220,11 @@ def find_libraries(cubins: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read results; what another state of the code has left does not count."""
-    found = json.loads(path.read_text()) if path.exists() else {}
     empty = {"code": panel.code(), **{part: {} for part in PARTS}}
-    return found if found.get("code") == empty["code"] else empty
+    found = json.loads(path.read_text()) if path.exists() else empty
+    if found["code"] != empty["code"]:
+        print(f"{path} is of other code: starting anew")
+    return found if found["code"] == empty["code"] else empty
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
