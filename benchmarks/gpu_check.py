@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv import info
+from fastconv.config import PRECISIONS
 
 from . import panel
 from .report import geometric_mean
@@ -279,12 +280,17 @@ def cells(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Lines]]:
 
 
 def ratios(by_name: Lines, peer: str = "torch") -> dict[str, float]:
-    """Return the peer's time over that of each of ours that is right, the best first."""
+    """Return the peer's time over that of each of ours that is right, the best first.
+
+    PyTorch without TF32 is compared with what keeps the promise "highest" alone.
+    """
     right = {who: line for who, line in by_name.items() if line["status"] == "ok"}
     if peer not in right:
         return {}
-    ours = sorted((line["us"], who) for who, line in right.items() if not who.startswith("torch"))
-    return {who: right[peer]["us"] / us for us, who in ours}
+    levels = ("highest",) if peer == "torch" else PRECISIONS
+    ours = {who: line for who, line in right.items() if not who.startswith("torch")}
+    times = sorted((line["us"], who) for who, line in ours.items() if line.get("precision", "highest") in levels)
+    return {who: right[peer]["us"] / us for us, who in times}
 
 
 def means(results: dict[str, Any]) -> list[str]:

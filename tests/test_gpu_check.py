@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,6 +132,7 @@ def test_the_table_has_ratios_of_what_is_right():
     results["bench"] = {
         "copy": {"status": "ok", "bytes_per_s": 4e12},
         **line("torch", 10.0), **line("torch tf32", 5.0), **line("direct", 50.0), **line("winograd", 5.0),
+        **line("tf32", 4.0, precision="medium"),
         **line("wrong", 1.0, "wrong"), **line("failing", 0, "failed", text="Traceback\nValueError: no"),
         **line("torch", 10.0, direction="input_grad"), **line("direct", 50.0, direction="input_grad"),
     }  # fmt: skip
@@ -138,7 +140,7 @@ def test_the_table_has_ratios_of_what_is_right():
     assert "Copying moves 4.00 TB/s" in text
     forward = "- convolution, float32, channels_last, forward, against "
     assert forward + "torch: best 2.00 (1), winograd 2.00 (1), direct 0.20 (1)" in text
-    assert forward + "torch tf32: best 1.00 (1), winograd 1.00 (1), direct 0.10 (1)" in text
+    assert forward + "torch tf32: best 1.25 (1), tf32 1.25 (1), winograd 1.00 (1), direct 0.10 (1)" in text
     rows = gpu_check.table(results)
     assert (
         "| vgg conv1 | forward | channels_last | float32 | 10.0 | 5.0 | winograd | 5.0 | 4.0 | 1e-07 | 2.00 "
@@ -167,6 +169,7 @@ class Device(Kept):
     """PyTorch's CPU in the GPU's place: kernels are emulated, and no time is taken."""
 
     name, architecture = "cpu", "sm_90a"
+    library = SimpleNamespace(new=lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype.name)))
 
     def workspace(self, call):
         return 0

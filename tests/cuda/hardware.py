@@ -33,7 +33,7 @@ ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
 # Tests of the tools: mistakes planted on purpose, machine code, a driver that is none.
 NOT_FOR_GPUS = ["test_cubins.py", "test_emulator.py", "test_launch.py"]
 # Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run.
-_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "faults", "sass"}
+_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass"}
 # Seconds after which a kernel of a test is taken for one that never ends.
 PATIENCE = 20.0
 # Exit status of a process that can launch nothing any more.
