@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import fastconv
-from fastconv import arrays, registry
+from fastconv import arrays, info, registry
 from fastconv.cuda import compile, launch, pool, run
 from fastconv.cuda.steps import Step
 from fastconv.geometry import DATA_FORMATS, DIRECTIONS
@@ -391,25 +392,26 @@ class Nowhere:
 
 
 def prebuild() -> None:
-    """Compile what the first look and the benchmark launch."""
-    for kernel, signature in (
-        (kernels.add_vectors, kernels.ADD_VECTORS),
-        (kernels.stencil(64, 5), kernels.STENCIL),
+    """Compile what the first look and the benchmark launch, on all cores."""
+    programs = (
+        (kernels.add_vectors, kernels.ADD_VECTORS), (kernels.stencil(64, 5), kernels.STENCIL),
         (kernels.gemm(3), kernels.GEMM),
-    ):
-        step = Step(kernel, signature, (1,), (1,), ())
-        guarded(kernel.__name__, partial(_build, partial(list, [step])))
-    looked_at = (
-        ConvUnit(Nowhere(), *how) for how in itertools.product(PUBLIC.values(), DIRECTIONS, DATA_FORMATS, LIMITS)
-    )
-    for unit in itertools.chain(looked_at, units(Nowhere())):
-        guarded(unit.key, partial(_build, unit.steps))
+    )  # fmt: skip
+    for kernel, signature in programs:
+        compile.compile_kernel(kernel, signature, hardware.ARCHITECTURE)
+    ways = itertools.product(PUBLIC.values(), DIRECTIONS, DATA_FORMATS, LIMITS)
+    looked_at = (ConvUnit(Nowhere(), *how) for how in ways)
+    with ProcessPoolExecutor(info.cores_available()) as executor:
+        list(executor.map(_build, itertools.chain(looked_at, units(Nowhere()))))
 
 
-def _build(steps: Callable[[], list[Any]]) -> dict[str, Any]:
-    for step in [s for s in steps() if isinstance(s, Step)]:
+def _build(unit: Unit) -> None:
+    guarded(unit.key, lambda: {"kernels": len([*map(_compile, unit.steps())])})
+
+
+def _compile(step: Any) -> None:
+    if isinstance(step, Step):
         compile.compile_kernel(step.kernel, step.signature, hardware.ARCHITECTURE, step.launch_bounds)
-    return {}
 
 
 if __name__ == "__main__":

@@ -258,6 +258,18 @@ def test_one_layer_of_each_kind_comes_first_and_each_thing_once():
     assert len({unit.key for unit in units}) == len(units) > 1000
 
 
+def test_what_the_benchmark_launches_is_compiled_beforehand(report, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_PREBUILT", str(tmp_path / "cubins"))
+    monkeypatch.setattr(gpu_bench, "units", lambda device: iter(()))
+    monkeypatch.setattr(gpu_bench, "LIMITS", {"float32": 1e-5})
+    ours = registry.named("direct", "cuda")
+    monkeypatch.setattr(gpu_bench.registry, "on", lambda device: ours)
+    gpu_bench.prebuild()
+    assert {(line["status"], line["kernels"] > 0) for line in report().values()} == {("ok", True)}
+    names = {path.name.partition(".")[0] for path in (tmp_path / "cubins").glob("*.kernel")}
+    assert names >= {"add_vectors", "stencil_5", "gemm_3", "direct_forward_float32_first_32"}
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     memory = gpu.Memory()
