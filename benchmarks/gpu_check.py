@@ -387,6 +387,9 @@ def check(options: argparse.Namespace, parts: dict[str, Callable[[dict[str, Any]
         except Exception:
             ended, results["errors"] = False, [*results.get("errors", []), traceback.format_exc()[-1500:]]
         save(options.out, results)
+        if not results["look"].get("machine", {}).get("architecture", "sm_").startswith("sm_"):
+            ended = False
+            break
     print("\n".join(summary(results)))
     return 0 if ended else LEFT
 

@@ -111,6 +111,15 @@ def test_parts_come_in_order_each_until_its_share_of_the_time_and_one_that_fails
     assert "OSError: lost" in capsys.readouterr().out
 
 
+def test_without_a_gpu_nothing_follows_the_look(options, capsys):
+    def look(results, until):
+        results["look"]["machine"] = {"status": "ok", "architecture": "UnsupportedError: no NVIDIA driver"}
+        return True
+
+    assert gpu_check.check(options, {"look": look}) == gpu_check.LEFT
+    assert "no NVIDIA driver" in capsys.readouterr().out
+
+
 def test_results_of_other_code_do_not_count(options, monkeypatch):
     results = gpu_check.load(options.out)
     results["look"]["machine"] = {"status": "ok", "gpu": "H200"}
