@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import fastconv
-from fastconv import registry
+from fastconv import arrays, info, registry
 from fastconv.cuda import compile, launch, pool, run
 from fastconv.cuda.steps import Step
 from fastconv.geometry import DATA_FORMATS, DIRECTIONS
@@ -63,6 +64,7 @@ class Cuda:
 
         self._torch, self.architecture = torch, launch.architecture()
         self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        self.library: Any = arrays.library_of("memory", self._flushed)
 
     def address(self, tensor: Any) -> int:
         """Return where a tensor begins."""
@@ -158,8 +160,8 @@ class Unit:
         """Return the largest error of ours that is right."""
         return LIMITS[self.dtype]
 
-    def steps(self) -> list[Step]:
-        """Return all launches of ours."""
+    def steps(self) -> list[Any]:
+        """Return all launches of ours, and what the library of the arrays does in between."""
         raise NotImplementedError
 
     def measure(self) -> None:
@@ -184,17 +186,16 @@ class Unit:
 
     def launched(self, steps: Any, buffers: Any, tensors: dict[str, Any]) -> Callable[[], Any]:
         """Return the call that launches steps on tensors and lent memory, and gives back "out"."""
-        import torch
-
-        lent = {n: torch.empty(b.nbytes, dtype=torch.uint8, device=self.device.name) for n, b in buffers.items()}
-        held = {**tensors, **lent}
+        library = self.device.library
+        held = {name: t if t.is_contiguous() else t.movedim(1, -1) for name, t in tensors.items()}
+        held |= {name: library.new(b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}
         addresses = {name: self.device.address(tensor) for name, tensor in held.items()}
         launches = run.ready(steps, self.device.architecture)
-        held["out"].fill_(float("nan"))
+        tensors["out"].fill_(float("nan"))
 
         def call() -> Any:
-            run.launched(launches, addresses)
-            return held["out"]
+            run.launched(launches, addresses, 0, library, held)
+            return tensors["out"]
 
         return call
 
@@ -287,15 +288,17 @@ class ConvUnit(Unit):
         tensors = {"x": x, "weight": weight, "grad_output": grad, "out": out}
         predicted = 1e6 * algorithm.seconds(self.geometry, self.direction, self.device.architecture)
         facts = {"workspace": registry.workspace_bytes(buffers), "predicted_us": round(predicted, 2)}
+        if self.dtype == "float32":
+            facts["precision"] = algorithm.precision
         return self.launched(steps, buffers, tensors), facts
 
-    def _plan(self, algorithm: Any) -> tuple[dict[str, Any], list[Step]]:
+    def _plan(self, algorithm: Any) -> tuple[dict[str, Any], list[Any]]:
         """Return the workspace and the launches of an algorithm, which are told how much that is."""
         buffers = algorithm.workspace(self.geometry, self.direction, LIMIT)
         how = (self.direction, None, False, self.device.architecture, registry.workspace_bytes(buffers))
         return buffers, algorithm.implementation.steps(self.geometry, *how)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[Any]:
         """Return those of every algorithm."""
         return [step for algorithm in self._able() for step in self._plan(algorithm)[1]]
 
@@ -373,7 +376,7 @@ class PoolUnit(Unit):
         tensors |= dict(zip(["indices"], [i.clone() for i in indices]))
         return self.launched(self.steps(), {}, tensors), {}
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[Any]:
         """Return those of the one way there is."""
         make = getattr(pool, self.operation + ("_grad" if self.direction == "input_grad" else ""))
         return make(self.geometry, numpy_dtype(self.dtype))
@@ -389,25 +392,26 @@ class Nowhere:
 
 
 def prebuild() -> None:
-    """Compile what the first look and the benchmark launch."""
-    for kernel, signature in (
-        (kernels.add_vectors, kernels.ADD_VECTORS),
-        (kernels.stencil(64, 5), kernels.STENCIL),
+    """Compile what the first look and the benchmark launch, on all cores."""
+    programs = (
+        (kernels.add_vectors, kernels.ADD_VECTORS), (kernels.stencil(64, 5), kernels.STENCIL),
         (kernels.gemm(3), kernels.GEMM),
-    ):
-        step = Step(kernel, signature, (1,), (1,), ())
-        guarded(kernel.__name__, partial(_build, partial(list, [step])))
-    looked_at = (
-        ConvUnit(Nowhere(), *how) for how in itertools.product(PUBLIC.values(), DIRECTIONS, DATA_FORMATS, LIMITS)
-    )
-    for unit in itertools.chain(looked_at, units(Nowhere())):
-        guarded(unit.key, partial(_build, unit.steps))
+    )  # fmt: skip
+    for kernel, signature in programs:
+        compile.compile_kernel(kernel, signature, hardware.ARCHITECTURE)
+    ways = itertools.product(PUBLIC.values(), DIRECTIONS, DATA_FORMATS, LIMITS)
+    looked_at = (ConvUnit(Nowhere(), *how) for how in ways)
+    with ProcessPoolExecutor(info.cores_available()) as executor:
+        list(executor.map(_build, itertools.chain(looked_at, units(Nowhere()))))
 
 
-def _build(steps: Callable[[], list[Step]]) -> dict[str, Any]:
-    for step in steps():
+def _build(unit: Unit) -> None:
+    guarded(unit.key, lambda: {"kernels": len([*map(_compile, unit.steps())])})
+
+
+def _compile(step: Any) -> None:
+    if isinstance(step, Step):
         compile.compile_kernel(step.kernel, step.signature, hardware.ARCHITECTURE, step.launch_bounds)
-    return {}
 
 
 if __name__ == "__main__":

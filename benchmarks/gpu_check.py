@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv import info
+from fastconv.config import PRECISIONS
 
 from . import panel
 from .report import geometric_mean
@@ -104,7 +105,7 @@ def through(
             found, begun = lines_of(report)
             if how in ("crashed", "hung") and begun and begun not in found:
                 with report.open("a") as file:
-                    file.write(json.dumps({"key": begun, "status": how, "text": tail[-800:]}) + "\n")
+                    file.write("\n" + json.dumps({"key": begun, "status": how, "text": tail[-800:]}) + "\n")
                 found, _ = lines_of(report)
             if how in ("done", "cut") or len(found) == before:
                 return how, found, tail
@@ -220,9 +221,11 @@ def find_libraries(cubins: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read results; what another state of the code has left does not count."""
-    found = json.loads(path.read_text()) if path.exists() else {}
     empty = {"code": panel.code(), **{part: {} for part in PARTS}}
-    return found if found.get("code") == empty["code"] else empty
+    found = json.loads(path.read_text()) if path.exists() else empty
+    if found["code"] != empty["code"]:
+        print(f"{path} is of other code: starting anew")
+    return found if found["code"] == empty["code"] else empty
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -277,12 +280,17 @@ def cells(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Lines]]:
 
 
 def ratios(by_name: Lines, peer: str = "torch") -> dict[str, float]:
-    """Return the peer's time over that of each of ours that is right, the best first."""
+    """Return the peer's time over that of each of ours that is right, the best first.
+
+    PyTorch without TF32 is compared with what keeps the promise "highest" alone.
+    """
     right = {who: line for who, line in by_name.items() if line["status"] == "ok"}
     if peer not in right:
         return {}
-    ours = sorted((line["us"], who) for who, line in right.items() if not who.startswith("torch"))
-    return {who: right[peer]["us"] / us for us, who in ours}
+    levels = ("highest",) if peer == "torch" else PRECISIONS
+    ours = {who: line for who, line in right.items() if not who.startswith("torch")}
+    times = sorted((line["us"], who) for who, line in ours.items() if line.get("precision", "highest") in levels)
+    return {who: right[peer]["us"] / us for us, who in times}
 
 
 def means(results: dict[str, Any]) -> list[str]:
@@ -379,6 +387,9 @@ def check(options: argparse.Namespace, parts: dict[str, Callable[[dict[str, Any]
         except Exception:
             ended, results["errors"] = False, [*results.get("errors", []), traceback.format_exc()[-1500:]]
         save(options.out, results)
+        if not results["look"].get("machine", {}).get("architecture", "sm_").startswith("sm_"):
+            ended = False
+            break
     print("\n".join(summary(results)))
     return 0 if ended else LEFT
 

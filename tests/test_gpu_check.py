@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 WORKER = """
 import json, os, sys, time
 path = os.environ["FASTCONV_TEST_GPU_REPORT"]
-lines = [json.loads(line) for line in open(path)]
+lines = [json.loads(line) for line in open(path) if line.strip()]
 def write(**line):
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\\n")
@@ -51,7 +52,7 @@ def through(*keys, done=None, seconds=30.0):
 
 
 def test_what_dies_or_hangs_is_noted_and_the_rest_is_done(monkeypatch):
-    monkeypatch.setattr(gpu_check, "QUIET", 1.0)
+    monkeypatch.setattr(gpu_check, "QUIET", 5.0)
     how, found, _ = through("first", "dies", "between", "hangs", "last")
     assert how == "done"
     statuses = {"first": "ok", "dies": "crashed", "between": "ok", "hangs": "hung", "last": "ok"}
@@ -74,7 +75,7 @@ def test_a_process_that_begins_nothing_is_not_started_for_ever():
 
 def test_time_is_kept_and_what_was_cut_is_left_for_another_time():
     start = time.monotonic()
-    how, found, _ = through("first", "hangs", "last", seconds=2.0)
+    how, found, _ = through("first", "hangs", "last", seconds=6.0)
     assert (how, list(found)) == ("cut", ["first"])
     assert time.monotonic() - start < 20
 
@@ -110,6 +111,15 @@ def test_parts_come_in_order_each_until_its_share_of_the_time_and_one_that_fails
     assert "OSError: lost" in capsys.readouterr().out
 
 
+def test_without_a_gpu_nothing_follows_the_look(options, capsys):
+    def look(results, until):
+        results["look"]["machine"] = {"status": "ok", "architecture": "UnsupportedError: no NVIDIA driver"}
+        return True
+
+    assert gpu_check.check(options, {"look": look}) == gpu_check.LEFT
+    assert "no NVIDIA driver" in capsys.readouterr().out
+
+
 def test_results_of_other_code_do_not_count(options, monkeypatch):
     results = gpu_check.load(options.out)
     results["look"]["machine"] = {"status": "ok", "gpu": "H200"}
@@ -131,6 +141,7 @@ def test_the_table_has_ratios_of_what_is_right():
     results["bench"] = {
         "copy": {"status": "ok", "bytes_per_s": 4e12},
         **line("torch", 10.0), **line("torch tf32", 5.0), **line("direct", 50.0), **line("winograd", 5.0),
+        **line("tf32", 4.0, precision="medium"),
         **line("wrong", 1.0, "wrong"), **line("failing", 0, "failed", text="Traceback\nValueError: no"),
         **line("torch", 10.0, direction="input_grad"), **line("direct", 50.0, direction="input_grad"),
     }  # fmt: skip
@@ -138,7 +149,7 @@ def test_the_table_has_ratios_of_what_is_right():
     assert "Copying moves 4.00 TB/s" in text
     forward = "- convolution, float32, channels_last, forward, against "
     assert forward + "torch: best 2.00 (1), winograd 2.00 (1), direct 0.20 (1)" in text
-    assert forward + "torch tf32: best 1.00 (1), winograd 1.00 (1), direct 0.10 (1)" in text
+    assert forward + "torch tf32: best 1.25 (1), tf32 1.25 (1), winograd 1.00 (1), direct 0.10 (1)" in text
     rows = gpu_check.table(results)
     assert (
         "| vgg conv1 | forward | channels_last | float32 | 10.0 | 5.0 | winograd | 5.0 | 4.0 | 1e-07 | 2.00 "
@@ -167,6 +178,7 @@ class Device(Kept):
     """PyTorch's CPU in the GPU's place: kernels are emulated, and no time is taken."""
 
     name, architecture = "cpu", "sm_90a"
+    library = SimpleNamespace(new=lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype.name)))
 
     def workspace(self, call):
         return 0
@@ -253,6 +265,18 @@ def test_one_layer_of_each_kind_comes_first_and_each_thing_once():
         ("forward", "channels_first", "float32")
     }
     assert len({unit.key for unit in units}) == len(units) > 1000
+
+
+def test_what_the_benchmark_launches_is_compiled_beforehand(report, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_PREBUILT", str(tmp_path / "cubins"))
+    monkeypatch.setattr(gpu_bench, "units", lambda device: iter(()))
+    monkeypatch.setattr(gpu_bench, "LIMITS", {"float32": 1e-5})
+    ours = registry.named("direct", "cuda")
+    monkeypatch.setattr(gpu_bench.registry, "on", lambda device: ours)
+    gpu_bench.prebuild()
+    assert {(line["status"], line["kernels"] > 0) for line in report().values()} == {("ok", True)}
+    names = {path.name.partition(".")[0] for path in (tmp_path / "cubins").glob("*.kernel")}
+    assert names >= {"add_vectors", "stencil_5", "gemm_3", "direct_forward_float32_first_32"}
 
 
 @pytest.fixture

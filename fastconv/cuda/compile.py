@@ -164,7 +164,6 @@ def _translate(modules: list[str], target: Architecture) -> bytes:
 
     Numba's own function for this looks for NVRTC first, a library of 90 MB that nothing else here needs.
     """
-    from cuda import pathfinder
     from numba.cuda.cudadrv import nvvm
 
     unit = nvvm.CompilationUnit({"arch": target.virtual, "opt": 3})
@@ -172,7 +171,7 @@ def _translate(modules: list[str], target: Architecture) -> bytes:
         unit.add_module(nvvm.llvm_replace(module).encode())
     unit.verify()
     if any(re.search('@"?__nv_', module) for module in modules):
-        unit.lazy_add_module(Path(pathfinder.find_bitcode_lib("device")).read_bytes())
+        unit.lazy_add_module(toolchain.libdevice().read_bytes())
     return unit.compile()
 
 

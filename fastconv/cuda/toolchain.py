@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +141,16 @@ def _linker_version() -> tuple[int, int]:
         # cuda.bindings raises kinds of its own, which differ between its versions.
         raise MissingDependencyError(f"nvJitLink cannot be loaded ({_first_line(error)}): {INSTALL}") from None
     return int(major), int(minor)
+
+
+def libdevice() -> Path:
+    """Return the file of the mathematical functions, which is found beside libnvvm's wheel or through CUDA_HOME."""
+    from cuda import pathfinder
+
+    try:
+        return Path(pathfinder.find_bitcode_lib("device"))
+    except RuntimeError as error:
+        raise MissingDependencyError(f"{_first_line(error)}: set CUDA_HOME, or {INSTALL}") from None
 
 
 def _first_line(error: BaseException) -> str:

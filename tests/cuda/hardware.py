@@ -32,8 +32,8 @@ MODE = os.environ.get("FASTCONV_TEST_GPU", "")
 ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
 # Tests of the tools: mistakes planted on purpose, machine code, a driver that is none.
 NOT_FOR_GPUS = ["test_cubins.py", "test_emulator.py", "test_launch.py"]
-# Tests that look at machine code use one of these, and need no GPU.
-_COMPILING = {"budget", "compile_kernel", "compiled", "sass"}
+# Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run.
+_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass"}
 # Seconds after which a kernel of a test is taken for one that never ends.
 PATIENCE = 20.0
 # Exit status of a process that can launch nothing any more.
@@ -69,6 +69,7 @@ class Gpu:
     @contextlib.contextmanager
     def _there(self, array: np.ndarray) -> Iterator[int]:
         """Lend a copy of an array on the device, aligned as it is; 0 for an empty one."""
+        assert array.flags.c_contiguous
         if not array.size:
             yield 0
             return
@@ -194,20 +195,23 @@ def write(**line: Any) -> None:
     """Add a line to the report."""
     if path := os.environ.get("FASTCONV_TEST_GPU_REPORT"):
         with Path(path).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" + json.dumps(line))
 
 
 @lru_cache(maxsize=1)
 def reported() -> set[str]:
     """Return what the report had when this process first looked."""
-    path = Path(os.environ.get("FASTCONV_TEST_GPU_REPORT", os.devnull))
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {line["key"] for line in map(json.loads, lines) if "key" in line}
+    found, path = set(), Path(os.environ.get("FASTCONV_TEST_GPU_REPORT", os.devnull))
+    for text in path.read_text().splitlines() if path.exists() else ():
+        # The last line of a process that was ended may be a part of one.
+        with contextlib.suppress(json.JSONDecodeError):
+            found.add(json.loads(text).get("key"))
+    return found
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out what needs no GPU and what has been done; with FASTCONV_TEST_GPU_EVERY=n all but each n-th."""
-    launching = [i for i in items if _COMPILING.isdisjoint(i.function.__code__.co_names)]
+    launching = [i for i in items if _NOT_LAUNCHING.isdisjoint(i.function.__code__.co_names)]
     done = reported()
     chosen = [i for i in launching[:: int(os.environ.get("FASTCONV_TEST_GPU_EVERY", 1))] if i.nodeid not in done]
     config.hook.pytest_deselected(items=[i for i in items if i not in chosen])

@@ -335,6 +335,15 @@ def test_an_unknown_architecture_is_refused():
         compile_kernel(kernels.add_vectors, kernels.ADD_VECTORS, "sm_70")
 
 
+def test_missing_mathematical_functions_are_named(monkeypatch):
+    def nowhere(name):
+        raise RuntimeError('Failure finding "libdevice.10.bc": CUDA_HOME not set\nmore')
+
+    monkeypatch.setattr("cuda.pathfinder.find_bitcode_lib", nowhere)
+    with pytest.raises(fastconv.MissingDependencyError, match=r"libdevice.10.bc.* not set: set CUDA_HOME, or pip inst"):
+        toolchain.libdevice()
+
+
 def test_numba_cuda_works_with_a_numpy_that_has_no_row_stack():
     script = f"""
 import sys
