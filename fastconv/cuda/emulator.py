@@ -243,6 +243,8 @@ class Local(dict):
         self._shape = shape if isinstance(shape, tuple) else (int(shape),)
         self._extent = range(self._shape[0]) if len(self._shape) == 1 else frozenset(np.ndindex(*self._shape))
         self._convert = _conversion(dtype)
+        # What asynchronous products will have made of registers, by the first of them.
+        self.pending: dict[int, Any] = {}
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if index not in self._extent:
@@ -262,6 +264,15 @@ class Local(dict):
         """Write elements from an index on."""
         for i, value in enumerate(values, at):
             self[i] = value
+
+    def take(self, at: int, count: int) -> Any:
+        """Return elements, or what becomes of them, and leave none: an asynchronous product is to write them."""
+        if at in self.pending:
+            return self.pending[at]
+        taken = [self[i] for i in range(at, at + count)]
+        for i in range(at, at + count):
+            del self[i]
+        return taken
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------
@@ -352,8 +363,8 @@ def _here(frame: Any) -> tuple[Any, int]:
 class Lane:
     """One thread of a block: what the emulations of instructions are given."""
 
-    __slots__ = ("allocations", "frame", "groups", "index", "log", "machine", "queue", "result", "thread", "threadIdx",
-                 "wait", "warp", "worker")  # fmt: skip
+    __slots__ = ("allocations", "frame", "groups", "index", "is_fenced", "log", "machine", "queue", "result", "thread",
+                 "threadIdx", "wait", "warp", "worker")  # fmt: skip
 
     def __init__(self, machine: _Machine, thread: int, place: _Index) -> None:
         self.machine, self.thread, self.threadIdx = machine, thread, place
@@ -362,6 +373,8 @@ class Lane:
         self.queue: list[Any] = []
         self.groups: list[list[Any]] = []
         self.allocations = 0
+        # Whether what its asynchronous copies have brought is there for instructions that read memory by another way.
+        self.is_fenced = True
         self.frame: Any = None
         self.wait: _Wait | None = None
         self.result: Any = None
@@ -403,6 +416,7 @@ class Lane:
     def copy_wait(self, newest: int) -> None:
         """Let all groups arrive but the newest ones."""
         while len(self.groups) > newest:
+            self.is_fenced = self.is_fenced and not self.groups[0]
             for target, at, data in self.groups.pop(0):
                 first = at * target._item
                 target._bytes[first : first + data.size] = data
@@ -549,6 +563,7 @@ class _Machine:
 
     def _run_block(self, place: _Index, arguments: list[Any]) -> None:
         self.blockIdx, self.used, self.static_bytes, self.dynamic_place = place, 0, 0, None
+        self.is_fenced = True
         self.shared_arrays: list[Any] = []
         self.memory = np.full(2 * _STATIC_LIMIT + 1024 + self.dynamic_bytes, 0xFF, np.uint8)
         # Bytes that hold data now, and those that did at the last barrier.
@@ -650,6 +665,7 @@ class _Machine:
                 raise DivergenceError(
                     f"{self.place_of(waiting[0])}: waits in {wait}, thread {tuple(lane.threadIdx)} in {lane.wait}"
                 )
+        self.is_fenced = all(lane.is_fenced for lane in lanes)
         for lane in self._shuffled(lanes):
             lane.wait = None
             self._resume(lane, None)

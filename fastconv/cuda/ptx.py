@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import toolchain
+from .faults import MisalignedError, UninitialisedError
 
 cuda = toolchain.import_cuda()
 
@@ -129,6 +130,19 @@ def _vectors(kind: Any, bits: int, count: int) -> tuple[Any, Any]:
     return vector, vector if bits >= 32 or bits * count < 64 else ir.VectorType(_I32, bits * count // 32)
 
 
+def _word(builder: Any, low: Any, high: Any) -> Any:
+    """Return two 16-bit numbers in a word, as no pass takes back: a vector of 8 halves would go in two accesses."""
+    halves = [builder.bitcast(half, _I16) for half in (low, high)]
+    return _assemble(builder, _I32, halves, "mov.b32 $0, {$1, $2};", "=r,h,h", pure=True, convergent=False)
+
+
+def _halves(builder: Any, word: Any) -> list[Any]:
+    """Return the two 16-bit numbers of a word."""
+    pair = _struct(_I16, 2)
+    both = _assemble(builder, pair, [word], "mov.b32 {$0, $1}, $2;", "=h,=h,r", pure=True, convergent=False)
+    return _parts(builder, both, 2)
+
+
 def _vector_load(count: int) -> Any:
     def emulation(lane: Lane, memory: Any, offset: int) -> tuple[Any, ...]:
         return memory.read(offset, count, lane)
@@ -144,8 +158,11 @@ def _vector_load(count: int) -> Any:
             vector, moved = _vectors(place.type.pointee, element.bitwidth, count)
             loaded = builder.load(builder.bitcast(place, moved.as_pointer()))
             loaded.align = count * element.bitwidth // 8
-            loaded = builder.bitcast(loaded, vector)
-            values = [builder.extract_element(loaded, ir.Constant(_I32, i)) for i in range(count)]
+            in_words = element.bitwidth == 16 and moved is not vector
+            whole = loaded if in_words else builder.bitcast(loaded, vector)
+            values = [builder.extract_element(whole, ir.Constant(_I32, i)) for i in range(whole.type.count)]
+            if in_words:
+                values = [builder.bitcast(v, vector.element) for word in values for v in _halves(builder, word)]
             return context.make_tuple(builder, signature.return_type, values)
 
         return types.UniTuple(element, count)(memory, offset), generate
@@ -166,9 +183,14 @@ def _vector_store(count: int) -> Any:
         def generate(context, builder, signature, args):
             place = _place(context, builder, memory, args[0], offset, args[1])
             vector, moved = _vectors(place.type.pointee, element.bitwidth, count)
+            given = [
+                context.cast(builder, builder.extract_value(args[2], i), kind, element)
+                for i, kind in enumerate(values.types)
+            ]
+            if element.bitwidth == 16 and moved is not vector:
+                given, vector = [_word(builder, *given[i : i + 2]) for i in range(0, count, 2)], moved
             whole = ir.Constant(vector, ir.Undefined)
-            for i, kind in enumerate(values.types):
-                value = context.cast(builder, builder.extract_value(args[2], i), kind, element)
+            for i, value in enumerate(given):
                 whole = builder.insert_element(whole, value, ir.Constant(_I32, i))
             stored = builder.store(builder.bitcast(whole, moved), builder.bitcast(place, moved.as_pointer()))
             stored.align = count * element.bitwidth // 8
@@ -572,6 +594,123 @@ mma_m16n8k16_bfloat16 = _mma("m16n8k16", "bf16", 4, 2, 80, _bfloat16_of, 2)
 mma_m16n8k8_tf32 = _mma("m16n8k8", "tf32", 4, 2, 80, _tf32_of, 1)
 # Turing has no larger one.
 mma_m16n8k8_float16 = _mma("m16n8k8", "f16", 2, 1, 75, _float16_of, 2)
+
+
+# --- products of warpgroups ------------------------------------------------------------------------------------
+
+
+def _swizzled_row(lane: Lane, tile: Any, at: int, row: int, chunk: int) -> bytes:
+    """Return 16 bytes of a row of 128, exchanged as the 128-byte swizzle does: bits 4 to 6 by bits 7 to 9."""
+    item = tile.dtype.itemsize
+    place = tile.base + at * item + 128 * row + 16 * chunk
+    return tile.read_bytes(((place ^ (place >> 3 & 0x70)) - tile.base) // item, 16, lane)
+
+
+def _wgmma(columns: int, kind: str, decode: Callable[..., np.ndarray]) -> Any:
+    count = columns // 2
+
+    def combine(payloads: Sequence[Any]) -> list[np.ndarray]:
+        def numbers(part: int) -> np.ndarray:
+            # A lane has every 32nd row of 16 bytes: rows of the first chunk, then those of the second.
+            chunks = np.frombuffer(
+                b"".join(p[part][i] for i in range(len(payloads[0][part])) for p in payloads), np.uint32
+            )
+            return decode(chunks).reshape(2, -1, 8).transpose(1, 0, 2).reshape(-1, 16)
+
+        # (16, columns) to (row % 8, column % 8 // 2; column // 8, row // 8, column % 2): the lane, then its sums
+        product = (numbers(0) @ numbers(1).T).reshape(2, 8, columns // 8, 4, 2).transpose(1, 3, 2, 0, 4)
+        return list(np.array([p[2] for p in payloads], np.float32) + product.reshape(32, count))
+
+    def emulation(lane: Lane, sums: Any, s: int, tile: Any, a: int, b: int) -> None:
+        if not lane.machine.is_fenced:
+            raise UninitialisedError("what was copied to shared memory is not there for wgmma: there is no fence_async")
+        for at in (a, b):
+            if (tile.base + at * tile.dtype.itemsize) % 1024 not in (0, 32, 64, 96):
+                raise MisalignedError(f"a tile of wgmma begins at a multiple of 1024 bytes, not at {tile.name}[{at}]")
+        first = lane.warp % 4 * 16
+        rows = [_swizzled_row(lane, tile, a, first + lane.index % 16, lane.index // 16)]
+        places = range(lane.index, 2 * columns, 32)
+        lines = [_swizzled_row(lane, tile, b, place % columns, place // columns) for place in places]
+        # Sums are neither the old nor the new ones until they are waited for.
+        before = sums.take(s, count)
+        sums.pending[s] = lane.exchange(combine, (rows, lines, before))
+
+    name = f"m64n{columns}k16"
+    text = (
+        "{\n.reg .pred p;\n.reg .b32 one;\nmov.b32 one, 1;\nsetp.ne.b32 p, one, 0;\n"
+        f"wgmma.mma_async.sync.aligned.{name}.f32.{kind}.{kind} {_registers(0, count)}, ${count}, ${count + 1}, "
+        "p, 1, 1, 0, 0;\n}"
+    )
+    constraints = ",".join(["=f"] * count + ["l", "l"] + [str(i) for i in range(count)])
+
+    @instruction(emulation, since=90, only="sm_90a")
+    def wgmma(typing_context, sums, s, tile, a, b):
+        if not _holds(sums, types.float32) or _element(tile) is None:
+            return None
+
+        def generate(context, builder, signature, args):
+            held = _Fragment(context, builder, sums, args[0], s, args[1])
+            places = [
+                _matrix_descriptor(context, builder, tile, args[2], kind, at) for kind, at in zip((a, b), args[3:])
+            ]
+            result = _assemble(builder, _struct(_F32, count), places + held.load(count), text, constraints)
+            held.store(_parts(builder, result, count))
+            return context.get_dummy_value()
+
+        return types.void(sums, s, tile, a, b), generate
+
+    wgmma.__doc__ = (
+        f"Begin sums[s:s+{count}] += a @ b.T, {name} of {kind}: 64 rows of a, {columns} of b, each of 128 bytes in the "
+        "128-byte swizzle. a and b are their places, of which the next 16 of depth are 32 bytes further."
+    )
+    return wgmma
+
+
+def _matrix_descriptor(context: Any, builder: Any, tile: Any, memory: Any, kind: Any, at: Any) -> Any:
+    """Return what wgmma takes for a matrix: rows of 128 bytes, eight of them after 1024, swizzle of 128 bytes."""
+    address = _shared_address(builder, _place(context, builder, tile, memory, kind, at))
+    place = builder.lshr(builder.and_(address, ir.Constant(_I32, 0x3FFFF)), ir.Constant(_I32, 4))
+    return builder.or_(builder.zext(place, _I64), ir.Constant(_I64, 1 << 62 | 1024 // 16 << 32 | 1 << 16))
+
+
+def _wgmma_wait(count: int) -> Any:
+    def emulation(lane: Lane, sums: Any, s: int) -> None:
+        sums.write(s, sums.pending.pop(s), lane)
+
+    @instruction(emulation, since=90, only="sm_90a")
+    def wait(typing_context, sums, s):
+        if not _holds(sums, types.float32):
+            return None
+
+        def generate(context, builder, signature, args):
+            held = _Fragment(context, builder, sums, args[0], s, args[1])
+            constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["~{memory}"])
+            text = "wgmma.wait_group.sync.aligned 0;"
+            result = _assemble(builder, _struct(_F32, count), held.load(count), text, constraints)
+            held.store(_parts(builder, result, count))
+            return context.get_dummy_value()
+
+        return types.void(sums, s), generate
+
+    wait.__doc__ = f"Wait for the products of all groups, summed in sums[s:s+{count}]."
+    return wait
+
+
+wgmma_m64n128k16_float16 = _wgmma(128, "f16", _float16_of)
+wgmma_m64n128k16_bfloat16 = _wgmma(128, "bf16", _bfloat16_of)
+wgmma_m64n256k16_float16 = _wgmma(256, "f16", _float16_of)
+wgmma_m64n256k16_bfloat16 = _wgmma(256, "bf16", _bfloat16_of)
+wgmma_wait64, wgmma_wait128 = _wgmma_wait(64), _wgmma_wait(128)
+wgmma_fence = _plain("wgmma.fence.sync.aligned;", lambda lane: None, 90, "sm_90a")
+wgmma_commit = _plain("wgmma.commit_group.sync.aligned;", lambda lane: None, 90, "sm_90a")
+
+
+def _fence_async(lane: Lane) -> None:
+    lane.is_fenced = True
+
+
+# Between what threads, and their copies, have written to shared memory and wgmma, which reads it by another way.
+fence_async = _plain("fence.proxy.async.shared::cta;", _fence_async, 90, "sm_90a")
 
 
 def _name_instructions() -> None:

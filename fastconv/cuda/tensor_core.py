@@ -4,7 +4,7 @@ Forward and input gradient are dense phases (`blocking.py`), each of three launc
 multiplies, one computes again what did not come out finite, if anything (`tensor_core_staging.py`). The weight
 gradient tabulates its pixels, multiplies and adds up (`tensor_core_grads.py`). A launch before them brings pixels into
 chunks of 16 bytes, unless they are: channels last, a multiple of 8 of 16-bit numbers in each group (4 of tf32). How
-float32 is split is in `tensor_core_units.py`.
+float32 is split is in `tensor_core_units.py`. On sm_90a warpgroups multiply 16-bit numbers in one plane (wgmma).
 
 Nothing here has run on a GPU; times are predicted from peaks.
 """
@@ -38,7 +38,7 @@ THREADS = 128
 MOST_BLOCKS = 65535
 # Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
 ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
-# Not measured: the share of the tensor cores' peak that mma reaches; the newest have other instructions for the whole.
+# Not measured: the share of the tensor cores' peak; the newest have other instructions than mma for the whole of it.
 SHARES, SHARE = {"sm_90": 0.45, "sm_100": 0.2, "sm_103": 0.2}, 0.6
 
 _WORDS, _WORD, _FLAG = CPointer(uint32), np.dtype(np.uint32), np.dtype(np.int32)
@@ -82,10 +82,11 @@ class TensorCore:
             products, launches = share.products, 3
             moved += 8 * share.splits * share.part
         else:
-            found = [Places.of(g, direction, phase, units, None) for phase in phases(g, direction)]
+            found = [Places.of(g, direction, phase, units, None, architecture) for phase in phases(g, direction)]
             products, launches = sum(p.products for p in found), 3 * len(found)
-        rate = SHARES.get(architecture.rstrip("a"), SHARE) * getattr(there, units.rate)
-        arithmetic = 2 * products * units.chunk * units.products / rate
+        of_warpgroups = architecture == "sm_90a" and units.warpgroup and direction != "weight_grad"
+        share_of_peak = SHARE if of_warpgroups else SHARES.get(architecture.rstrip("a"), SHARE)
+        arithmetic = 2 * products * units.chunk * units.products / (share_of_peak * getattr(there, units.rate))
         return (launches + len(names)) * roofline.LAUNCH + max(arithmetic, moved / there.bytes)
 
     def workspace(
@@ -97,7 +98,9 @@ class TensorCore:
             return {}
         if direction == "weight_grad":
             return _grad_workspace(g, units, limit, tile)
-        found = [Places.of(g, direction, phase, units, tile) for phase in phases(g, direction)]
+        # Enough for every architecture.
+        every = ("sm_80", "sm_90a")
+        found = [Places.of(g, direction, phase, units, tile, a) for phase in phases(g, direction) for a in every]
         buffers = {
             "packed": Buffer((max(p.packed for p in found) * units.planes * 4,), _WORD),
             "taps": Buffer((max(p.entries for p in found) * 4,), _index_dtype(g, units)),
@@ -125,7 +128,7 @@ class TensorCore:
         found = Pixels.of(g, _source(direction), units).steps()
         for phase in phases(g, direction):
             if phase.positions:
-                places = Places.of(g, direction, phase, units, tile)
+                places = Places.of(g, direction, phase, units, tile, architecture)
                 found.append(_pack_step(g, direction, phase, units, places))
                 found.append(_product_step(g, direction, phase, units, places, *ending))
                 found.append(_mend_step(g, direction, phase, units, places, *ending))
@@ -249,10 +252,15 @@ class Places(NamedTuple):
     entries: int
 
     @classmethod
-    def of(cls, g: ConvGeometry, direction: str, phase: Phase, units: Units, tile: Tile | None) -> Places:
+    def of(
+        cls, g: ConvGeometry, direction: str, phase: Phase, units: Units, tile: Tile | None, architecture: str
+    ) -> Places:
         """Return the sizes of a phase."""
         inner, lines = _channels(g, direction)
-        tile = tile or tile_for(units, lines, _is_last(g))
+        if tile is None:
+            tile = tile_for(units, lines, _is_last(g))
+            if architecture == "sm_90a" and units.warpgroup and lines > 64:
+                tile = warpgroup_tile(lines if _is_last(g) else g.batch * phase.positions)
         chunks_of_tap = -(-inner // units.chunk)
         k_tiles = -(-phase.taps * chunks_of_tap // tile.chunks)
         of_pixels, of_lines = (tile.rows, tile.columns) if _is_last(g) else (tile.columns, tile.rows)
@@ -272,7 +280,7 @@ class Places(NamedTuple):
 
 
 def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
-    """Return the tile: half as many filters where there are few. Its size is the same on every architecture.
+    """Return the tile: half as many filters where there are few.
 
     Warps of 64x64 results load less from shared memory than those of 64x32; with planes each fragment meets others.
     """
@@ -287,6 +295,13 @@ def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
         return Tile(*shape)
     rows, columns, chunks, down, across, *rest = shape
     return Tile(columns, rows, chunks, across, down, *rest)
+
+
+def warpgroup_tile(columns: int) -> Tile:
+    """Return the tile of warpgroups: the wider one where it does not lie idle."""
+    if _up(columns, 256) <= 1.1 * columns:
+        return Tile(128, 256, 8, 8, 1, 4, 1, warpgroups=True)
+    return Tile(128, 128, 8, 8, 1, 3, 2, warpgroups=True)
 
 
 # --- forward and input gradient --------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ ALL_LANES = 0xFFFFFFFF
 class Tile(NamedTuple):
     """Sizes of a block's product: results, 16-byte chunks of depth at a time, warps over it, buffers in flight.
 
-    Each warp has 16 rows or a multiple, and 16, 32 or 64 columns. `blocks` are meant to share a multiprocessor.
+    Each warp has 16 rows or a multiple, and 16, 32 or 64 columns; or, on sm_90a, four warps multiply together
+    (`warpgroups`), each has 16 rows, and all have 128 or 256 columns. `blocks` are meant to share a multiprocessor.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Tile(NamedTuple):
     warps_across: int
     stages: int
     blocks: int = 1
+    warpgroups: bool = False
 
     @property
     def threads(self) -> int:
@@ -193,6 +195,44 @@ def loaders(tile: Tile, units: Units, pixels_are_rows: bool) -> tuple[Any, Any]:
     return load_rows, load_columns
 
 
+def _nothing(sums, tiles, rows_at, columns_at):
+    pass
+
+
+def _no_fence():
+    pass
+
+
+def warpgroup_product(tile: Tile, units: Units) -> tuple[Any, Any]:
+    """Return what begins and what ends the product of two tiles by warpgroups: 64 rows each, with all columns.
+
+    Tiles have rows of 128 bytes at multiples of 1024, where `swizzle` is theirs.
+    """
+    steps, wgmma = tile.chunks // 2, units.warpgroup[tile.columns // 128 - 1]
+    wait = {128: ptx.wgmma_wait64, 256: ptx.wgmma_wait128}[tile.columns]
+
+    def begin(sums, tiles, rows_at, columns_at):
+        ptx.wgmma_fence()
+        for step in range(steps):
+            wgmma(sums, 0, tiles, rows_at + 8 * step, columns_at + 8 * step)
+        ptx.wgmma_commit()
+
+    def end(sums, tiles, rows_at, columns_at):
+        wait(sums, 0)
+
+    return begin, end
+
+
+def warpgroup_places(tile: Tile) -> Any:
+    """Return the places of a warpgroup's rows, and of all columns."""
+    pitch = 4 * tile.chunks
+
+    def places(lane, row, column):
+        return int32((row & int32(-64)) * int32(pitch)), int32(0)
+
+    return places
+
+
 def lane_places(tile: Tile) -> Any:
     """Return the places of a lane's rows of ldmatrix, within tiles of rows and of columns."""
     place = swizzle(tile.chunks)
@@ -261,9 +301,13 @@ def gather(
     sums_of_thread = 4 * down * across
     index, _, entry_at = width(wide)
     place, order = swizzle(chunks), as_they_are if channels_last else in_order(warp_columns)
-    decode, warp_of, lanes_of = decoder(wide), warp_place(tile), lane_places(tile)
+    decode, warp_of = decoder(wide), warp_place(tile)
+    lanes_of, alignment, arrived = lane_places(tile), 128, _no_fence
+    begin, end = _nothing, multiply(tile, units, *loaders(tile, units, channels_last))
+    if tile.warpgroups:
+        lanes_of, alignment, arrived = warpgroup_places(tile), 1024, ptx.fence_async
+        begin, end = warpgroup_product(tile, units)
     bias_last, bias_first, block_number = bias_ and channels_last, bias_ and not channels_last, block_of(index)
-    product = multiply(tile, units, *loaders(tile, units, channels_last))
     stored, widen, narrow = element.stored, element.widen, element.narrow
     together = min(together, of_thread)
     put = store(together)
@@ -311,7 +355,7 @@ def gather(
         x, packed, taps, bias, out, flags, total, plane, steps, real_lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q,
         d_first, h_first, w_first, d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step,
     ):  # fmt: skip
-        tiles = ptx.pointer_to(cuda.shared.array(0, uint32, alignment=128))
+        tiles = ptx.pointer_to(cuda.shared.array(0, uint32, alignment=alignment))
         pixels = ptx.pointer_to(cuda.shared.array(table_size, index, alignment=16))
         targets = ptx.pointer_to(cuda.shared.array(pixels_of_tile, index, alignment=16))
         thread, group = int32(cuda.threadIdx.x), int32(cuda.blockIdx.z)
@@ -363,14 +407,16 @@ def gather(
         read, fill, step = int32(0), int32(ahead * size), int32(ahead)
         while step < steps + ahead:
             ptx.copy_wait(in_flight)
+            arrived()
             cuda.syncthreads()
+            begin(sums, tiles, int32(read + rows_at), int32(read + read_columns_at))
             if step < steps:
                 fetch(tiles, fill, x, packed, weight, places, offset, d, h, w, pixel_to, line_to, plane, D, H, W)
                 entry, weight = index(entry + int32(4 * chunks)), index(weight + int32(tile_words))
                 # The table has one entry more than there are steps: what comes next is loaded long before it is used.
                 offset, d, h, w = entry_at(taps, entry)
             ptx.copy_commit()
-            product(sums, tiles, int32(read + rows_at), int32(read + read_columns_at))
+            end(sums, tiles, int32(read + rows_at), int32(read + read_columns_at))
             read = int32(read + int32(size)) if read < int32(ahead * size) else int32(0)
             fill = int32(fill + int32(size)) if fill < int32(ahead * size) else int32(0)
             step = int32(step + int32(1))
@@ -382,4 +428,5 @@ def gather(
             flags[index(block_number() * index(warps) + warp)] = int32(1) if found else int32(0)
 
     kernel.__name__ = f"tensor_core_{units.name}_{'nhwc' if channels_last else 'nchw'}_{rows}x{columns}"
+    kernel.__name__ += "_warpgroups" if tile.warpgroups else ""
     return kernel

@@ -34,6 +34,10 @@ from .ptx import (
     pack_bfloat16,
     pack_float16,
     tf32,
+    wgmma_m64n128k16_bfloat16,
+    wgmma_m64n128k16_float16,
+    wgmma_m64n256k16_bfloat16,
+    wgmma_m64n256k16_float16,
 )
 
 toolchain.import_cuda()
@@ -60,6 +64,8 @@ class Units(NamedTuple):
         Whether pixels are multiplied, or split, as they lie in memory.
     rate : str
         The peak that it is held to, see `roofline.Peak`.
+    warpgroup : tuple of instructions
+        Products of four warps with 128 and with 256 columns, if there are such on sm_90a.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Units(NamedTuple):
     split: Callable[..., None] | None
     plain: bool
     rate: str
+    warpgroup: tuple[Any, ...] = ()
 
     @property
     def pixel_planes(self) -> int:
@@ -125,8 +132,11 @@ def _split_tf32(words, count, to):
 
 
 def _bfloat16_units(planes: int, plain: bool = False) -> Units:
-    encode = _encode_bfloat16(planes)
-    return Units(f"bfloat16_{planes}", mma_m16n8k16_bfloat16, 8, planes, encode, encode, None, plain, "half")
+    encode, warpgroup = _encode_bfloat16(planes), (wgmma_m64n128k16_bfloat16, wgmma_m64n256k16_bfloat16)
+    return Units(
+        f"bfloat16_{planes}", mma_m16n8k16_bfloat16, 8, planes, encode, encode, None, plain, "half",
+        warpgroup if planes == 1 else (),
+    )  # fmt: skip
 
 
 def _tf32_units(planes: int) -> Units:
@@ -134,7 +144,10 @@ def _tf32_units(planes: int) -> Units:
     return Units(f"tf32_{planes}", mma_m16n8k8_tf32, 4, planes, _encode_tf32(planes), _encode_bits, split, True, "tf32")
 
 
-FLOAT16 = Units("float16", mma_m16n8k16_float16, 8, 1, _encode_float16, _encode_float16, None, True, "half")
+FLOAT16 = Units(
+    "float16", mma_m16n8k16_float16, 8, 1, _encode_float16, _encode_float16, None, True, "half",
+    (wgmma_m64n128k16_float16, wgmma_m64n256k16_float16),
+)  # fmt: skip
 BFLOAT16 = _bfloat16_units(1, True)
 BFLOAT16_PLANES = {planes: _bfloat16_units(planes) for planes in (1, 2, 3)}
 TF32_PLANES = {planes: _tf32_units(planes) for planes in (1, 2)}
