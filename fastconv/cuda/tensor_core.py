@@ -291,10 +291,8 @@ def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
     else:
         chunks, stages = (4, 3) if units.split else (2, 4) if units.planes == 2 else (2, 3)
         shape = (128, 64, chunks, 2, 2, stages) if few else (128, 128, chunks, 2, 4, stages)
-    if channels_last or not few:
-        return Tile(*shape)
-    rows, columns, chunks, down, across, *rest = shape
-    return Tile(columns, rows, chunks, across, down, *rest)
+    tile = Tile(*shape)
+    return tile if channels_last or not few else tile.turned
 
 
 def warpgroup_tile(columns: int) -> Tile:

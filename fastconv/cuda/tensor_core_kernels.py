@@ -53,6 +53,13 @@ class Tile(NamedTuple):
         return 32 * self.warps_down * self.warps_across
 
     @property
+    def turned(self) -> Tile:
+        """The tile whose rows are these columns."""
+        return self._replace(
+            rows=self.columns, columns=self.rows, warps_down=self.warps_across, warps_across=self.warps_down
+        )
+
+    @property
     def warp(self) -> tuple[int, int]:
         """Rows and columns of a warp."""
         return self.rows // self.warps_down, self.columns // self.warps_across

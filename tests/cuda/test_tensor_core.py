@@ -166,7 +166,7 @@ def test_the_order_of_threads_does_not_matter(name, direction, data_format):
     algorithm, dtype = algorithm_of(name)
     problem = conv_problem(ConvCase("small", (1, 8, 1, 3, 6), (5, 8, 1, 2, 1)), dtype)
     # Two warps, each with more than one fragment of rows, and other sizes than elsewhere.
-    tile = Tile(32, 64, 4, 1, 2, 3)
+    tile = Tile(32, 128, 4, 1, 2, 3)
     first, again = (compute(algorithm, problem, direction, data_format, tile, seed=seed) for seed in (None, 1))
     assert np.array_equal(first, again)
     small = compute(algorithm, problem, direction, data_format)
@@ -225,17 +225,16 @@ def test_the_name_of_the_family_means_what_has_the_dtype_and_the_instructions():
 
 
 def test_predicted_times_are_those_of_whole_tiles_and_of_what_is_moved():
-    small, large, few = (
-        lifted(conv_problem(ConvCase("", x, w), np.float16), "channels_last")
-        for x, w in (
-            ((1, 8, 1, 4, 4), (8, 8, 1, 1, 1)), ((4, 64, 1, 16, 16), (128, 64, 1, 3, 3)),
-            ((4, 64, 1, 16, 16), (65, 64, 1, 3, 3)),
-        )
-    )  # fmt: skip
+    def seconds(x, weight, direction="forward", architecture="sm_80"):
+        g = fastconv.ConvGeometry.create(x, weight, data_format="channels_last", dtype="float16")
+        return MMA.seconds(g.lifted("channels_last", g.dtype), direction, architecture)
+
     for direction in DIRECTIONS:
-        assert MMA.seconds(small, direction, "sm_80") < MMA.seconds(large, direction, "sm_80") < 1e-3
-    assert MMA.seconds(few, "forward", "sm_80") == pytest.approx(MMA.seconds(large, "forward", "sm_80"), rel=0.1)
-    assert MMA.seconds(small, "forward", "sm_75") == math.inf
+        small = seconds((1, 4, 4, 8), (8, 8, 1, 1), direction)
+        assert small < seconds((16, 64, 64, 64), (128, 64, 3, 3), direction) < 1e-3
+    few, many = (seconds((16, 64, 64, 64), (filters, 64, 3, 3)) for filters in (65, 128))
+    assert few == pytest.approx(many, rel=0.1)
+    assert seconds((1, 4, 4, 8), (8, 8, 1, 1), architecture="sm_75") == math.inf
 
 
 # --- machine code ----------------------------------------------------------------------------------------------
@@ -258,7 +257,6 @@ KINDS = [
     ("MMA", MMA, "channels_first", "forward", ["sm_80", "sm_90a"]),
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a"]),
-    ("BF16X3", BF16X3, "channels_last", "forward", ["sm_80", "sm_90a"]),
     ("BF16X6", BF16X6, "channels_last", "forward", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
 ]
@@ -281,11 +279,10 @@ def test_machine_code_keeps_its_budget(algorithm, data_format, direction, archit
     assert made.occupancy(math.prod(step.block), step.shared_bytes) * ARCHITECTURES[architecture].threads >= 128
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_what_stages_packs_mends_and_adds_up_keeps_its_budget(architecture):
+def test_what_stages_packs_mends_and_adds_up_keeps_its_budget():
     g = lifted(conv_problem(CASES[1], np.float32), "channels_last")
     for direction in ("forward", "weight_grad"):
-        for step in BF16X6.steps(g, direction, architecture=architecture):
+        for step in BF16X6.steps(g, direction, architecture="sm_90a"):
             if not step.shared_bytes:
-                made = compile_kernel(step.kernel, step.signature, architecture)
-                assert [fault for fault in budget(made, 48) if fault != "1 CALL"] == []
+                made = compile_kernel(step.kernel, step.signature, "sm_90a")
+                assert budget(made, 48) == []
