@@ -172,7 +172,7 @@ def is_wide(geometry: ConvGeometry, units: Units) -> bool:
     g, taps = geometry, math.prod(geometry.kernel_size)
     C, K = (_up(n // g.groups, units.chunk) for n in (g.in_channels, g.out_channels))
     # Beyond the arrays: pixels of the last tile, padding around an image, and the weight in whole tiles.
-    around = math.prod(n + r * d + before + after + s for n, r, d, (before, after), s in zip(
+    around = 512 + math.prod(n + r * d + before + after + s for n, r, d, (before, after), s in zip(
         g.input_size, g.kernel_size, g.dilation, g.padding, g.stride))  # fmt: skip
     x, y = (math.prod(size) * g.groups * n for size, n in ((g.input_size, C), (g.output_size, K)))
     packed = g.groups * (taps + 1) * _up(C, 256) * _up(K, 256)
@@ -395,7 +395,7 @@ class Share(NamedTuple):
         filters = g.out_channels // g.groups
         if tile is None:
             tile = tile_for(units, filters, False)
-            # Columns in which a turn of the swizzle is a constant.
+            # Not so wide that the threads copy fewer pixels at once than `correlate` takes.
             tile = tile if tile.columns <= 128 else Tile(64, 128, 4, 2, 2, 4, 2)
         columns = math.prod(g.kernel_size) * -(-(g.in_channels // g.groups) // units.chunk)
         depth = tile.chunks * units.chunk

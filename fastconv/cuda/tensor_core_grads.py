@@ -106,7 +106,10 @@ def buffer_words(tile: Tile, units: Units) -> tuple[int, int]:
 
 
 def correlate(tile: Tile, units: Units, wide: bool) -> Any:
-    """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks)."""
+    """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks).
+
+    Threads are enough to copy eight pixels of a tile at once, or four of words: its swizzle is then the same for all.
+    """
     rows, columns, threads, stages, chunk = tile.rows, tile.columns, tile.threads, tile.stages, units.chunk
     depth, planes, words = tile.chunks * chunk, units.pixel_planes, chunk == 4
     row_chunks, column_chunks = rows // chunk, columns // chunk

@@ -2,7 +2,7 @@
 
 A block multiplies `rows` by `columns`. Rows are pixels and columns filters where channels are last, and the other way
 round where they are first, so that a thread's results are neighbours in memory: columns of a tile are in such an order
-that the 2*J that a thread has of J products of 8 columns follow each other.
+that of those a thread has, two of each product of 8, as many as are 16 bytes follow each other (`in_order`).
 
 Tiles are [row][depth], in chunks of 16 bytes that are exchanged within a row (`swizzle`), so that eight rows of one
 chunk, which is what ldmatrix reads at once, lie in eight different groups of banks. A chunk holds channels of one tap,
@@ -78,14 +78,20 @@ def swizzle(chunks: int) -> Any:
     return place
 
 
-def in_order(columns: int) -> Any:
-    """Return which of its warp's columns is at a place of the tile: those of a thread follow each other."""
-    shift, of_thread = int(math.log2(columns)), columns // 4
+def neighbours(tile: Tile, element: Element) -> int:
+    """Return how many of a thread's columns follow each other: 16 bytes of results."""
+    return min(128 // element.stored.bitwidth, tile.warp[1] // 4)
+
+
+def in_order(tile: Tile, element: Element) -> Any:
+    """Return which column is at a place of the tile: four threads with a row in common write neighbours."""
+    columns, together = tile.warp[1], neighbours(tile, element)
+    shift, vector = int(math.log2(columns)), int(math.log2(together))
 
     def column_at(place):
         warp, within = place >> int32(shift), place & int32(columns - 1)
-        thread, product = (within >> int32(1)) & int32(3), within >> int32(3)
-        column = thread * int32(of_thread) + product * int32(2) + (within & int32(1))
+        thread, own = (within >> int32(1)) & int32(3), (within >> int32(3)) * int32(2) + (within & int32(1))
+        column = (((own >> int32(vector)) * int32(4) + thread) << int32(vector)) + (own & int32(together - 1))
         return int32(warp * int32(columns) + column)
 
     return column_at
@@ -307,7 +313,7 @@ def gather(
     down, across, of_thread = warp_rows // 16, warp_columns // 8, warp_columns // 4
     sums_of_thread = 4 * down * across
     index, _, entry_at = width(wide)
-    place, order = swizzle(chunks), as_they_are if channels_last else in_order(warp_columns)
+    place, order = swizzle(chunks), as_they_are if channels_last else in_order(tile, element)
     decode, warp_of = decoder(wide), warp_place(tile)
     lanes_of, alignment, arrived = lane_places(tile), 128, _no_fence
     begin, end = _nothing, multiply(tile, units, *loaders(tile, units, channels_last))
@@ -316,8 +322,9 @@ def gather(
         begin, end = warpgroup_product(tile, units)
     bias_last, bias_first, block_number = bias_ and channels_last, bias_ and not channels_last, block_of(index)
     stored, widen, narrow = element.stored, element.widen, element.narrow
-    together = min(together, of_thread)
-    put = store(together)
+    side_by_side = neighbours(tile, element)
+    together = min(together, side_by_side)
+    put, last = store(together), side_by_side - 1
 
     def fetch(tiles, at, x, packed, weight, places, offset, d, h, w, pixel_to, line_to, plane, D, H, W):
         pixel_to, line_to = int32(at + pixel_to), int32(at + line_to)
@@ -336,16 +343,17 @@ def gather(
         values, shifts = cuda.local.array(together, stored), cuda.local.array(of_thread, float32)
         bad = int32(0)
         for c in range(of_thread):
-            line = int32(first_line + column + c)
+            line = int32(first_line + column + ((c & ~last) * 4 + (c & last)))
             shifts[c] = widen(bias[int32(first_bias + line)]) if bias_last and line < real_lines else float32(0)
         for i in range(down):
             for half in range(2):
                 line = int32(first_line + row + (16 * i + 8 * half))
                 shift = widen(bias[int32(first_bias + line)]) if bias_first and line < real_lines else float32(0)
                 for v in range(of_thread // together):
-                    target = targets[row + (16 * i + 8 * half)] if channels_last else targets[column + v * together]
+                    further = (v * together & ~last) * 4 + (v * together & last)
+                    target = targets[row + (16 * i + 8 * half)] if channels_last else targets[column + further]
                     if channels_last:
-                        line = int32(first_line + column + v * together)
+                        line = int32(first_line + column + further)
                     if target >= 0 and line < real_lines:
                         for e in range(together):
                             c = v * together + e
@@ -427,7 +435,7 @@ def gather(
             read = int32(read + int32(size)) if read < int32(ahead * size) else int32(0)
             fill = int32(fill + int32(size)) if fill < int32(ahead * size) else int32(0)
             step = int32(step + int32(1))
-        row, column = int32(row + (lane >> int32(2))), int32(column + (lane & int32(3)) * int32(of_thread))
+        row, column = int32(row + (lane >> int32(2))), int32(column + (lane & int32(3)) * int32(side_by_side))
         first_bias = int32(group * real_lines)
         bad = write(out, bias, sums, targets, first_line, first_bias, real_lines, target_plane, row, column)
         found = cuda.any_sync(ALL_LANES, bad != 0)

@@ -34,7 +34,7 @@ def pack(tile: Tile, units: Units, element: Element, channels_last: bool, wide: 
     index, divided, _ = width(wide)
     chunks, chunk, planes, encode, widen = tile.chunks, units.chunk, units.planes, units.encode, element.widen
     lines_of_tile = tile.columns if channels_last else tile.rows
-    order = in_order(tile.warp[1]) if channels_last else as_they_are
+    order = in_order(tile, element) if channels_last else as_they_are
     place, tile_chunks, words_of_chunk = swizzle(chunks), lines_of_tile * chunks, 4 * planes
 
     def tensor_core_pack(

@@ -13,7 +13,7 @@ from support import DIRECTIONS, PROMISES, conv_problem, normal, whole
 
 import fastconv
 from fastconv import reference, selection
-from fastconv.cuda import direct, ptx, tensor_core, tensor_core_kernels
+from fastconv.cuda import direct, ptx, run, tensor_core, tensor_core_kernels
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
 from fastconv.cuda.epilogue import ACTIVATIONS
@@ -166,7 +166,7 @@ def test_the_order_of_threads_does_not_matter(name, direction, data_format):
     algorithm, dtype = algorithm_of(name)
     problem = conv_problem(ConvCase("small", (1, 8, 1, 3, 6), (5, 8, 1, 2, 1)), dtype)
     # Two warps, each with more than one fragment of rows, and other sizes than elsewhere.
-    tile = Tile(32, 128, 4, 1, 2, 3)
+    tile = Tile(32, 64 if direction == "weight_grad" else 128, 4, 1, 2, 3)
     first, again = (compute(algorithm, problem, direction, data_format, tile, seed=seed) for seed in (None, 1))
     assert np.array_equal(first, again)
     small = compute(algorithm, problem, direction, data_format)
@@ -235,6 +235,20 @@ def test_predicted_times_are_those_of_whole_tiles_and_of_what_is_moved():
     few, many = (seconds((16, 64, 64, 64), (filters, 64, 3, 3)) for filters in (65, 128))
     assert few == pytest.approx(many, rel=0.1)
     assert seconds((1, 4, 4, 8), (8, 8, 1, 1), architecture="sm_75") == math.inf
+
+
+@pytest.mark.parametrize("direction", ["forward", "weight_grad"])
+def test_memory_is_accessed_without_waste(direction, monkeypatch):
+    """No bank conflicts but where tables are written, whole sectors, and each as wide as can be."""
+    problem = conv_problem(ConvCase("row", (1, 16, 1, 1, 32), (64, 16, 1, 1, 1)), np.float16, whole)
+    reports = []
+    monkeypatch.setattr(run, "emulated", lambda *a, emulated=run.emulated: reports.extend(emulated(*a)))
+    tile = Tile(32, 64, 4, 1, 2, 3)
+    compute(MMA, problem, direction, "channels_last", tile, bias=False)
+    (product,) = (r for r in reports if r.shared_bytes)
+    loop = [a for a in product.accesses if a.nbytes >= 8]
+    assert {a.memory for a in loop} == {"global", "shared"}
+    assert all(a.cost == a.ideal for a in loop)
 
 
 # --- machine code ----------------------------------------------------------------------------------------------
