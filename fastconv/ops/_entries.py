@@ -9,16 +9,18 @@ from types import FunctionType
 from typing import Any
 
 
-def entries(core: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def entries(
+    core: Callable[..., Any], module: str = "fastconv"
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Return `core` with its first argument, the number of spatial dimensions, set to 1, 2 and 3.
 
     The core's name and docstring hold "Nd" where the entries have "1d", "2d" or "3d".
     """
-    one, two, three = (_entry(core, dims) for dims in (1, 2, 3))
+    one, two, three = (_entry(core, dims, module) for dims in (1, 2, 3))
     return one, two, three
 
 
-def _entry(core: Callable[..., Any], dims: int) -> Callable[..., Any]:
+def _entry(core: Callable[..., Any], dims: int, module: str) -> Callable[..., Any]:
     name = core.__name__.replace("Nd", f"{dims}d")
     # Python's own errors about missing and unknown arguments then speak of conv2d, not of convNd.
     named = FunctionType(core.__code__, core.__globals__, name, core.__defaults__, core.__closure__)
@@ -29,7 +31,7 @@ def _entry(core: Callable[..., Any], dims: int) -> Callable[..., Any]:
 
     signature = inspect.signature(core)
     entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = "fastconv"
+    entry.__module__ = module
     entry.__doc__ = (core.__doc__ or "").replace("Nd", f"{dims}d")
     entry.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
     entry.__wrapped__ = core  # type: ignore[attr-defined]
