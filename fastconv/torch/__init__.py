@@ -4,6 +4,10 @@ Tensors are read and written in place, in either memory format. Functions, modul
 over, `convert` and `enabled`::
 
     y = fastconv.torch.conv2d(x, weight, bias, padding=1)
+    layer = fastconv.torch.Conv2d(3, 16, 3, algorithm="winograd")
+    print(fastconv.torch.convert(model))
+    with fastconv.torch.enabled():
+        loss(model(x), y).backward()
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ try:
 except ImportError:
     raise MissingDependencyError("fastconv.torch needs PyTorch: pip install 'fastconv[torch]'") from None
 
+from . import modules as _modules
 from .convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .modules import Conversion, convert, revert
 from .patches import fold, unfold
 from .pooling import (
     adaptive_avg_pool1d,
@@ -37,8 +43,12 @@ from .pooling import (
     max_unpool2d,
     max_unpool3d,
 )
+from .routing import enabled
+
+globals().update(_modules.CLASSES)
 
 __all__ = [
+    "Conversion",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
@@ -54,6 +64,8 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "convert",
+    "enabled",
     "fold",
     "lp_pool1d",
     "lp_pool2d",
@@ -64,5 +76,7 @@ __all__ = [
     "max_unpool1d",
     "max_unpool2d",
     "max_unpool3d",
+    "revert",
     "unfold",
+    *_modules.CLASSES,
 ]
