@@ -104,9 +104,7 @@ GROUPS = (
     Group("max pools of a few MB, gradient, channels-first", ("pool",), ("input_grad",), ("2.5",), _FIRST),
     Group("max pools of a few MB, gradient, channels-last", ("pool",), ("input_grad",), ("2.5",), _LAST),
     Group("training step", ("training",), ("step",), ("1.6", "2.0")),
-    Group(
-        "training step, PyTorch's model inside enabled()", ("training",), ("step",), ("1.3",), None, "fastconv.torch"
-    ),
+    Group("training step, in PyTorch inside enabled()", ("training",), ("step",), ("1.3",), None, "fastconv.torch"),
     Group("smallest convolution, forward", ("smallest",), ("forward",), ("1",)),
     Group("smallest convolution, gradients", ("smallest",), _BACK),
 )

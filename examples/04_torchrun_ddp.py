@@ -11,6 +11,8 @@ import argparse
 import os
 import sys
 
+# Before torch, to share its threads.
+import fastconv.torch  # isort: skip
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-import fastconv
-import fastconv.torch
 from fastconv.nn import datasets
 
 
