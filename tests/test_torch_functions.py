@@ -157,6 +157,19 @@ def test_dtypes_and_gradients_of_half_types(dtype):
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2)
 
 
+@layouts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_results_may_be_written_to(dtype, last):
+    x, w = tensor("x", shape=(2, 3, 6, 6), last=last), tensor("w", shape=(4, 3, 3, 3))
+    x, w = (t.detach().to(dtype).requires_grad_() for t in (x, w))
+    results = [[conv(x, w).relu_(), F.max_pool2d(conv(x, w), 2).mul_(2)] for conv in (ft.conv2d, F.conv2d)]
+    for ours, theirs in zip(*results):
+        grads = [torch.autograd.grad(y.sum(), (x, w)) for y in (ours, theirs)]
+        for found, expected in zip(grads[0], grads[1]):
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.3 if dtype == torch.bfloat16 else 1e-4)
+    assert ft.max_pool2d(x, 2).mul_(2).requires_grad
+
+
 def test_autocast_casts_as_for_pytorchs_convolutions():
     x, w = tensor("x", shape=(1, 3, 6, 6), dtype="float32"), tensor("w", shape=(4, 3, 3, 3), dtype="float32")
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -239,16 +239,23 @@ def to_image(tensor: torch.Tensor, last: bool | None = None) -> tuple[Any, bool]
 
 def from_image(result: Any, last: bool) -> torch.Tensor:
     """Return the channels-first tensor over what an operation computed."""
-    tensor = to_tensor(result)
-    return tensor.permute(_TO_FIRST[tensor.ndim]) if last else tensor
+    # The array is turned, not the tensor: a view may not be written to where it comes from an `autograd.Function`.
+    if last:
+        axes = _TO_FIRST[result.ndim]
+        result = result.transpose(axes) if type(result) is np.ndarray else result.permute(axes)
+    return to_tensor(result)
 
 
 def to_tensor(result: Any) -> torch.Tensor:
-    """Return the tensor over an array."""
+    """Return a tensor over an array, which is no view of another."""
     if type(result) is not np.ndarray:
         return result
     # The kind of bfloat16; its name takes microseconds to ask for.
-    return TorchArrays.give_back(result) if result.dtype.kind == "V" else torch.from_numpy(result)
+    if result.dtype.kind != "V":
+        return torch.from_numpy(result)
+    words = torch.from_numpy(result.view(np.int16))
+    empty = torch.empty(0, dtype=torch.bfloat16)
+    return empty.set_(words.untyped_storage(), words.storage_offset(), words.shape, words.stride())
 
 
 def lies_last(tensor: torch.Tensor) -> bool:
