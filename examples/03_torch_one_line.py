@@ -36,7 +36,7 @@ def network() -> nn.Module:
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> tuple[list[float], float]:
     """Return the loss of each step and the images per second, the first quarter of the steps aside: those compile."""
-    optimizer, losses, start, warm = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), [], 0.0, steps // 4
+    optimizer, losses, start, warm = torch.optim.SGD(model.parameters(), 0.05), [], 0.0, steps // 4
     for step in range(steps):
         if step == warm:
             start = time.perf_counter()

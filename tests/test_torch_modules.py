@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from support import normal
 from torch import nn
 
@@ -192,6 +193,15 @@ def test_the_backward_pass_stays_fastconvs_outside_the_block():
     outside = F.conv2d(x, w)
     assert "Fastconv" not in type(outside.grad_fn).__name__
     torch.testing.assert_close(w.grad, torch.autograd.grad(F.max_pool2d(outside, 2).sum(), w)[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_converted_model_may_compute_its_forward_pass_again(reentrant):
+    model, x = mixed(), image(2, 1, 12, 12).requires_grad_()
+    (wanted,) = torch.autograd.grad(model(x).sum(), x)
+    ft.convert(model)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(x.grad, wanted)
 
 
 def test_a_block_is_its_threads_alone_and_threads_work_at_once():

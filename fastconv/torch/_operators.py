@@ -47,7 +47,7 @@ class Operation:
         Returns what `compute` would, with arbitrary contents: for tensors without memory.
     flatten : function of (tensors, how); gather : function of (tensors, arguments)
     setup : function of (ctx, inputs, output), optional
-    backward : function of (ctx, *gradients), optional
+    backward : function of (ctx, saved tensors, *gradients), optional
         Returns a gradient or None for each of the tensors. Without it there is none.
     folds : function of how
         The positions of the tensors that have the batch, if images do not depend on each other, or else nothing.
@@ -114,7 +114,7 @@ class Operation:
             return (*flat[:n], self.gather(flat[:n], flat[n:]))
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (*self.backward(ctx, *grads)[:n], *(None,) * ctx.others)
+            return (*self.backward(ctx, ctx.saved_tensors, *grads)[:n], *(None,) * ctx.others)
 
         def setup(ctx: Any, inputs: How, output: Any) -> None:
             ctx.others = len(inputs) - n
@@ -134,7 +134,7 @@ class Operation:
         torch.library.register_autograd(name, backward, setup_context=setup, lib=_LIBRARY)
         torch.library.register_vmap(name, vmap, lib=_LIBRARY)
 
-    def _refuse(self, ctx: Any, *grads: Any) -> Any:
+    def _refuse(self, ctx: Any, saved: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"fastconv.torch has no gradient of {self.name}")
 
 
@@ -156,9 +156,11 @@ def _eager_function(operation: Operation) -> Any:
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
+        # Unpacking may compute them again (`torch.utils.checkpoint`), as the caller's function modes want it.
+        saved = ctx.saved_tensors
         # A function mode, `enabled` or another, has no business in here, and costs much.
         with torch._C.DisableTorchFunction():
-            return (*operation.backward(ctx, *grads), None)
+            return (*operation.backward(ctx, saved, *grads), None)
 
     return _function(f"Fastconv_{operation.name}", forward, backward)
 
@@ -167,7 +169,7 @@ def _transformed_function(operation: Operation) -> Any:
     """Return the `autograd.Function` for `torch.func`: it finds no gradients of operators registered from Python."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (*operation.backward(ctx, *grads), None)
+        return (*operation.backward(ctx, ctx.saved_tensors, *grads), None)
 
     setup, vmap = (staticmethod(f) for f in (operation.setup, operation.vmap))
     return _function(f"Fastconv_{operation.name}", operation.__call__, backward, setup_context=setup, vmap=vmap)

@@ -168,8 +168,8 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         ctx.how = how
         ctx.save_for_backward(x, weight, *(() if how[2] is None else (output,)))
 
-    def backward(ctx: Any, grad: Any) -> How:
-        x, weight, *y = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Any) -> How:
+        x, weight, *y = saved
         dims, arguments, activation, algorithm, precision = ctx.how
         if activation is not None:
             grad = _ACTIVATION_GRADS[activation](grad, *y)
@@ -214,8 +214,8 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
-    def backward_gradient(ctx: Any, hx: Any, hw: Any, hb: Any) -> How:
-        grad, x, weight = ctx.saved_tensors
+    def backward_gradient(ctx: Any, saved: Any, hx: Any, hw: Any, hb: Any) -> How:
+        grad, x, weight = saved
         needs, dims, arguments, *how = ctx.how
         hx, hw, hb = (h if need else None for h, need in zip((hx, hw, hb), needs))
         to_grad, to_x, to_weight = ctx.needs_input_grad[:3]

@@ -64,7 +64,7 @@ def _set_up_fold(ctx: Any, inputs: How, output: Any) -> None:
 UNFOLD: Operation = Operation(
     f"unfold(Tensor x, {_WINDOWS}) -> Tensor",
     1, _unfold, _unfolded, lambda tensors, how: _flat(tensors[0].shape[2:], how), lambda tensors, flat: _gather(flat),
-    _set_up_unfold, lambda ctx, grad: (FOLD(grad, ctx.how),), lambda how: (0,),
+    _set_up_unfold, lambda ctx, saved, grad: (FOLD(grad, ctx.how),), lambda how: (0,),
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def _fold_flat(tensors: Tensors, how: How) -> How:
 FOLD: Operation = Operation(
     f"fold(Tensor cols, SymInt[] output_size, {_WINDOWS}) -> Tensor",
     1, _fold, _folded, _fold_flat, lambda tensors, flat: (tuple(flat[0]), *_gather(flat[1:])),
-    _set_up_fold, lambda ctx, grad: (UNFOLD(grad, ctx.how),), lambda how: (0,),
+    _set_up_fold, lambda ctx, saved, grad: (UNFOLD(grad, ctx.how),), lambda how: (0,),
 )  # fmt: skip
 
 

@@ -100,8 +100,8 @@ def _set_up_input(ctx: Any, inputs: How, output: Any) -> None:
     ctx.save_for_backward(x)
 
 
-def _max_backward(ctx: Any, grad: Any) -> How:
-    (x,) = ctx.saved_tensors
+def _max_backward(ctx: Any, saved: Any, grad: Any) -> How:
+    (x,) = saved
     return (SCATTER(grad, MAX_POOL_WITH_INDICES(x, ctx.how)[1], tuple(x.shape[2:])),)
 
 
@@ -112,8 +112,8 @@ def _set_up_indices(ctx: Any, inputs: How, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _indices_backward(ctx: Any, grad: Any, _: Any) -> How:
-    return (None if grad is None else SCATTER(grad, *ctx.saved_tensors, ctx.size),)
+def _indices_backward(ctx: Any, saved: Any, grad: Any, _: Any) -> How:
+    return (None if grad is None else SCATTER(grad, *saved, ctx.size),)
 
 
 # The values alone: without indices to write it is faster, and a gradient would have to find them again.
@@ -166,8 +166,8 @@ def _set_up_places(ctx: Any, inputs: How, output: Any) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _scatter_backward(ctx: Any, grad: Any) -> How:
-    (indices,) = ctx.saved_tensors
+def _scatter_backward(ctx: Any, saved: Any, grad: Any) -> How:
+    (indices,) = saved
     # Where a window lies wholly in padding there is no index, but -1.
     taken = grad.flatten(2).gather(2, indices.flatten(2).clamp(min=0)).view_as(indices)
     return taken.masked_fill(indices < 0, 0), None
@@ -215,8 +215,8 @@ def _set_up_taken(ctx: Any, inputs: How, output: Any) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _take_backward(ctx: Any, grad: Any) -> How:
-    indices = ctx.saved_tensors[0].flatten(2)
+def _take_backward(ctx: Any, saved: Any, grad: Any) -> How:
+    indices = saved[0].flatten(2)
     return grad.new_zeros(ctx.shape).flatten(2).scatter_add(2, indices, grad.flatten(2)).view(ctx.shape), None
 
 
@@ -228,7 +228,7 @@ TAKE: Operation = Operation(
 MAX_UNPOOL: Operation = Operation(
     "max_unpool(Tensor x, Tensor indices, int[] kernel_size, int[] stride, int[] padding, int[] output_size) -> Tensor",
     2, _unpool, lambda x, indices, how: empty_image(x, [*x.shape[:2], *how[4]]), _unpool_flatten, _unpool_gather,
-    _set_up_places, lambda ctx, grad: (TAKE(grad, *ctx.saved_tensors, ()), None), _BOTH,
+    _set_up_places, lambda ctx, saved, grad: (TAKE(grad, *saved, ()), None), _BOTH,
 )  # fmt: skip
 
 
@@ -285,12 +285,13 @@ _AVERAGE = f"{_WINDOW}, bool count_include_pad, int? divisor_override"
 AVG_POOL: Operation = Operation(
     f"avg_pool(Tensor x, {_AVERAGE}) -> Tensor",
     1, _avg, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _avg_flatten, _avg_gather,
-    _set_up_size, lambda ctx, grad: (AVG_POOL_BACKWARD(grad, (ctx.size, *ctx.how)),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (ctx.size, *ctx.how)),), _FIRST,
 )  # fmt: skip
 AVG_POOL_BACKWARD: Operation = Operation(
     f"avg_pool_backward(Tensor grad_output, SymInt[] input_size, {_AVERAGE}) -> Tensor",
     1, _avg_gradient, lambda grad, how: empty_image(grad, [*grad.shape[:2], *how[0]]),
-    _avg_gradient_flatten, _avg_gradient_gather, _set_up_how, lambda ctx, grad: (AVG_POOL(grad, ctx.how[1:]),), _FIRST,
+    _avg_gradient_flatten, _avg_gradient_gather,
+    _set_up_how, lambda ctx, saved, grad: (AVG_POOL(grad, ctx.how[1:]),), _FIRST,
 )  # fmt: skip
 
 
@@ -315,12 +316,12 @@ def _empty_sized(x: Any, how: How) -> torch.Tensor:
 ADAPTIVE_AVG_POOL: Operation = Operation(
     "adaptive_avg_pool(Tensor x, SymInt[] output_size) -> Tensor",
     1, _adaptive_avg, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.size),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.size),), _FIRST,
 )  # fmt: skip
 ADAPTIVE_AVG_POOL_BACKWARD: Operation = Operation(
     "adaptive_avg_pool_backward(Tensor grad_output, SymInt[] input_size) -> Tensor",
     1, _adaptive_avg_gradient, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, grad: (ADAPTIVE_AVG_POOL(grad, ctx.size),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.size),), _FIRST,
 )  # fmt: skip
 
 
@@ -354,7 +355,7 @@ def _lp_gather(tensors: Tensors, flat: How) -> How:
 LP_POOL: Operation = Operation(
     f"lp_pool(Tensor x, {_WINDOW}, float norm_type) -> Tensor",
     1, _lp, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _lp_flatten, _lp_gather,
-    _set_up_input, lambda ctx, grad: (LP_POOL_BACKWARD(grad, *ctx.saved_tensors, ctx.how),), _FIRST,
+    _set_up_input, lambda ctx, saved, grad: (LP_POOL_BACKWARD(grad, *saved, ctx.how),), _FIRST,
 )  # fmt: skip
 LP_POOL_BACKWARD: Operation = Operation(
     f"lp_pool_backward(Tensor grad_output, Tensor x, {_WINDOW}, float norm_type) -> Tensor",

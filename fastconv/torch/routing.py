@@ -21,8 +21,9 @@ class enabled(TorchFunctionMode):
     """Compute every convolution and pool inside the block with fastconv, forward and backward.
 
     Whatever module or function a convolution or pool comes from, the model stays as it is. What fastconv cannot do,
-    PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python,
-    not into TorchScript; to compile a model, :func:`convert` it.
+    PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python:
+    not TorchScript, nor what `torch.utils.checkpoint` computes again, in the backward pass. There, and to compile a
+    model, :func:`convert` it. A backward pass may come after the block.
 
     Parameters
     ----------
