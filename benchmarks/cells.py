@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from importlib.machinery import SourceFileLoader
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -261,7 +262,7 @@ class TrainingCell:
         self.y = rng.integers(0, 10, batch)
 
     def contenders(self, levels: Sequence[str], regret: bool) -> Iterator[Contender]:
-        """Yield `fastconv.nn` at each precision and PyTorch, in both formats."""
+        """Yield `fastconv.nn` and PyTorch's model inside `enabled`, at each precision, and PyTorch, in both formats."""
         start = self._network(levels[0]).state_dict()
         expected = self._expected(start)
         for data_format in DATA_FORMATS:
@@ -269,6 +270,8 @@ class TrainingCell:
                 model = self._network(level)
                 model.load_state_dict(start)
                 yield self._ours(model, data_format, level, expected)
+        for data_format, level in product(DATA_FORMATS, levels):
+            yield self._routed(_torch_twin(self._network(level), start), data_format, level, expected)
         for data_format in DATA_FORMATS:
             entry, model = Entry("torch", data_format, "", list(levels)), _torch_twin(self._network(levels[0]), start)
             yield Contender(entry, partial(self._theirs, model, data_format), lambda result: 0.0)
@@ -310,6 +313,31 @@ class TrainingCell:
             return step
 
         return Contender(Entry("fastconv", data_format, "nn", [level]), prepare, verify)
+
+    def _routed(self, model: Any, data_format: str, level: str, expected: np.ndarray) -> Contender:
+        import torch
+
+        import fastconv.torch
+
+        step, mode = self._theirs(model, data_format), fastconv.torch.enabled(precision=level)
+
+        def routed() -> None:
+            with mode:
+                step()
+
+        def verify(result: Any) -> float:
+            return limited(rms_error(self.first_gradient, expected), TRAINING_ERRORS[level])
+
+        def prepare() -> Callable[[], Any]:
+            memory = _memory_format(data_format)
+            x, y = torch.from_numpy(self.x).to(memory_format=memory), torch.from_numpy(self.y)
+            with mode:
+                torch.nn.functional.cross_entropy(model.eval()(x), y).backward()
+            self.first_gradient = next(model.parameters()).grad.numpy().copy()
+            model.train()
+            return routed
+
+        return Contender(Entry("fastconv.torch", data_format, "enabled", [level]), prepare, verify)
 
     def _theirs(self, model: Any, data_format: str) -> Callable[[], Any]:
         import torch

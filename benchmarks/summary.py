@@ -26,9 +26,9 @@ class Ratio:
         return f"{number(self.value)} ({number(self.low)}-{number(self.high)})"
 
 
-def ratio(cell: Record, level: str, data_format: str | None = None) -> Ratio | None:
+def ratio(cell: Record, level: str, data_format: str | None = None, provider: str = "fastconv") -> Ratio | None:
     """Return a cell's ratio at a precision: the better layout of each side, or both in one; None if a side has none."""
-    ours, theirs = (fastest(cell, level, provider, data_format) for provider in ("fastconv", "torch"))
+    ours, theirs = (fastest(cell, level, side, data_format) for side in (provider, "torch"))
     if ours is None or theirs is None:
         return None
     return Ratio(theirs["ms_q20"] / ours["ms_q80"], theirs["ms"] / ours["ms"], theirs["ms_q80"] / ours["ms_q20"])
@@ -67,13 +67,17 @@ _FIRST, _LAST = DATA_FORMATS
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that share a target. `data_format` is None for the better layout of each side."""
+    """Cells that share a target. `data_format` is None for the better layout of each side.
+
+    `provider` is who is held against PyTorch: "fastconv", or "fastconv.torch" for PyTorch's own model inside `enabled`.
+    """
 
     name: str
     kinds: Sequence[str]
     directions: Sequence[str]
     targets: tuple[str, ...] = ()
     data_format: str | None = None
+    provider: str = "fastconv"
 
     def cells(self, every: Iterable[Record]) -> list[Record]:
         """Return those that belong to it."""
@@ -100,6 +104,7 @@ GROUPS = (
     Group("max pools of a few MB, gradient, channels-first", ("pool",), ("input_grad",), ("2.5",), _FIRST),
     Group("max pools of a few MB, gradient, channels-last", ("pool",), ("input_grad",), ("2.5",), _LAST),
     Group("training step", ("training",), ("step",), ("1.6", "2.0")),
+    Group("training step, in PyTorch inside enabled()", ("training",), ("step",), ("1.3",), None, "fastconv.torch"),
     Group("smallest convolution, forward", ("smallest",), ("forward",), ("1",)),
     Group("smallest convolution, gradients", ("smallest",), _BACK),
 )
@@ -119,10 +124,10 @@ class Mean:
 def mean(group: Group, results: Record, level: str) -> Mean | None:
     """Return a group's ratios at a precision."""
     cells = group.cells(results["cells"])
-    ratios = _ratios(cells, level, group.data_format)
+    ratios = _ratios(cells, level, group.data_format, group.provider)
     if not ratios:
         return None
-    alike = {name: _ratios(cells, level, name) for name in DATA_FORMATS}
+    alike = {name: _ratios(cells, level, name, group.provider) for name in DATA_FORMATS}
     return Mean(
         len(ratios),
         geometric_mean(ratios),
@@ -132,8 +137,8 @@ def mean(group: Group, results: Record, level: str) -> Mean | None:
     )
 
 
-def _ratios(cells: Iterable[Record], level: str, data_format: str | None) -> list[float]:
-    found = (ratio(cell, level, data_format) for cell in cells)
+def _ratios(cells: Iterable[Record], level: str, data_format: str | None, provider: str) -> list[float]:
+    found = (ratio(cell, level, data_format, provider) for cell in cells)
     return [r.value for r in found if r is not None]
 
 
@@ -192,10 +197,11 @@ def training_lines(results: Record) -> list[str]:
     lines = []
     for cell in results["cells"]:
         for level in levels({"cells": [cell]}) if cell["kind"] == "training" else ():
-            ours, theirs = (fastest(cell, level, provider) for provider in ("fastconv", "torch"))
-            if ours and theirs:
-                speeds = [f"{cell['images'] * 1e3 / entry['ms']:,.0f}" for entry in (ours, theirs)]
-                lines.append(f"training {cell['network']}, {level}: {speeds[0]} images/s, PyTorch {speeds[1]}")
+            sides = ("fastconv", ""), ("fastconv.torch", "inside enabled() "), ("torch", "PyTorch ")
+            found = [(word, fastest(cell, level, provider)) for provider, word in sides]
+            speeds = [f"{word}{cell['images'] * 1e3 / entry['ms']:,.0f} images/s" for word, entry in found if entry]
+            if found[0][1] and found[-1][1]:
+                lines.append(f"training {cell['network']}, {level}: {', '.join(speeds)}")
     return lines
 
 

@@ -119,12 +119,13 @@ def _padding_pairs(
 ) -> Pairs:
     if isinstance(form, str):
         return tuple(
-            _padding_word(form, n, d * (k - 1) + 1, s) for n, k, s, d in zip(input_size, kernel, stride, dilation)
+            padding_word(form, n, d * (k - 1) + 1, s) for n, k, s, d in zip(input_size, kernel, stride, dilation)
         )
     return tuple(p if isinstance(p, tuple) else (p, p) for p in form)
 
 
-def _padding_word(word: str, n: int, window: int, stride: int) -> tuple[int, int]:
+def padding_word(word: str, n: int, window: int, stride: int) -> tuple[int, int]:
+    """Return (before, after) along one dimension."""
     if word == "valid":
         return (0, 0)
     if word == "full":
@@ -893,7 +894,7 @@ def _unpool_padding(padding: Any, kernel: Sizes, stride: Sizes, dims: int) -> Pa
             raise ArgumentError(
                 f"padding={form!r} does not tell the size that was pooled; give numbers, or output_size"
             )
-        return tuple(_padding_word(form, 1, k, s) for k, s in zip(kernel, stride))
+        return tuple(padding_word(form, 1, k, s) for k, s in zip(kernel, stride))
     return _padding_pairs(form, kernel, kernel, stride, (1,) * dims)
 
 

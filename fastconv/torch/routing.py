@@ -1,0 +1,231 @@
+"""Routing: inside a block, PyTorch's convolutions and pools are computed by fastconv."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import registry, selection
+from ..errors import FastconvError, UnsupportedError
+from ..geometry import ConvGeometry
+from . import convolution, pooling
+from ._operators import data_format_of, lies_last, to_array
+
+
+class enabled(TorchFunctionMode):
+    """Compute every convolution and pool inside the block with fastconv, forward and backward.
+
+    Whatever module or function a convolution or pool comes from, the model stays as it is. What fastconv cannot do,
+    PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python:
+    not TorchScript, nor what `torch.utils.checkpoint` computes again, in the backward pass. There, and to compile a
+    model, :func:`convert` it. A backward pass may come after the block.
+
+    Parameters
+    ----------
+    algorithm : str
+        Of the convolutions, as in :func:`fastconv.conv2d`.
+    precision : "highest", "high" or "medium", optional
+
+    Attributes
+    ----------
+    routed : Counter of the calls that fastconv computed, by name
+    left : Counter of those that it did not, by (name, reason)
+
+    Examples
+    --------
+    >>> import torch, fastconv.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    >>> with fastconv.torch.enabled() as found:
+    ...     model(torch.ones(2, 1, 8, 8)).sum().backward()
+    >>> print(found.report())
+    conv2d      1  fastconv
+    max_pool2d  1  fastconv
+    """
+
+    def __init__(self, algorithm: str = "auto", precision: str | None = None) -> None:
+        super().__init__()
+        registry.named(algorithm, "cpu")
+        selection.checked_precision(precision)
+        self.algorithm, self.precision = algorithm, precision
+        self.routed: Counter[str] = Counter()
+        self.left: Counter[tuple[str, str]] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = _ROUTES.get(function)
+        if found is None:
+            return function(*args, **kwargs)
+        name, route = found
+        try:
+            result = route(self, *args, **kwargs)
+        except FastconvError as error:
+            # A wrong argument too: PyTorch says so in its own words.
+            self.left[name, str(error)] += 1
+            return function(*args, **kwargs)
+        self.routed[name] += 1
+        return result
+
+    def report(self) -> str:
+        """Return a table of the calls: how many of each, and who computed them."""
+        rows = [(name, count, "fastconv") for name, count in sorted(self.routed.items())]
+        rows += [(name, count, f"PyTorch: {reason}") for (name, reason), count in sorted(self.left.items())]
+        width = max((len(row[0]) for row in rows), default=0)
+        return "\n".join(f"{name:<{width}}  {count}  {who}" for name, count, who in rows)
+
+
+# --- routes: PyTorch's functions, with its parameters ----------------------------------------------------------
+
+
+def _conv(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:  # fmt: skip
+        def geometry(dtype: Any) -> ConvGeometry:
+            shapes = tuple(input.shape), tuple(weight.shape)
+            return ConvGeometry.create(*shapes, stride, padding, dilation, groups, dtype=dtype)
+
+        _check_gradients(mode, input, weight, geometry, ("input_grad", "weight_grad"))
+        return convolution.convNd(
+            dims, input, weight, bias, stride, padding, dilation, groups,
+            algorithm=mode.algorithm, precision=mode.precision,
+        )  # fmt: skip
+
+    return route
+
+
+def _conv_transpose(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> Any:  # fmt: skip
+        how = (stride, padding, output_padding, groups, dilation)
+
+        def geometry(dtype: Any) -> ConvGeometry:
+            return ConvGeometry.transposed(tuple(input.shape), tuple(weight.shape), *how, dtype=dtype)
+
+        _check_gradients(mode, input, weight, geometry, ("forward", "weight_grad"))
+        return convolution.conv_transposeNd(
+            dims, input, weight, bias, *how, algorithm=mode.algorithm, precision=mode.precision
+        )
+
+    return route
+
+
+def _convolution(
+    mode: enabled, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int,
+) -> Any:  # fmt: skip
+    dims = weight.ndim - 2
+    if transposed:
+        return _conv_transpose(dims)(mode, input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv(dims)(mode, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _check_gradients(
+    mode: enabled, x: Any, weight: Any, geometry: Callable[[Any], ConvGeometry], directions: tuple[str, str]
+) -> None:
+    """Refuse an algorithm, asked for by name, that could not compute the gradients."""
+    if mode.algorithm in ("auto", "tune") or not torch.is_grad_enabled() or not x.is_cpu:
+        return
+    for tensor, direction in zip((x, weight), directions):
+        if tensor.requires_grad:
+            g = geometry(to_array(x.detach()[:0]).dtype)
+            stored = data_format_of(x.ndim == weight.ndim and lies_last(x))
+            selection.choose(g, direction, stored, "cpu", mode.algorithm, mode.precision)
+
+
+def _max_pool(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Any:  # fmt: skip
+        return pooling.max_poolNd(dims, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+    return route
+
+
+def _max_pool_with_indices(dims: int) -> Callable[..., Any]:
+    def route(mode: enabled, *args: Any, return_indices: bool = True, **kwargs: Any) -> Any:
+        return _max_pool(dims)(mode, *args[:6], return_indices=True, **kwargs)
+
+    return route
+
+
+def _avg_pool(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+        count_include_pad: bool = True, divisor_override: Any = None,
+    ) -> Any:  # fmt: skip
+        return pooling.avg_poolNd(
+            dims, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+
+    return route
+
+
+def _lp_pool(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, norm_type: Any, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
+    ) -> Any:
+        if norm_type % 2:
+            raise UnsupportedError(f"norm_type={norm_type} of PyTorch is no norm: it leaves out the absolute value")
+        return pooling.lp_poolNd(dims, input, norm_type, kernel_size, stride, ceil_mode)
+
+    return route
+
+
+def _max_unpool(dims: int) -> Callable[..., Any]:
+    def route(
+        mode: enabled, input: Any, indices: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
+        output_size: Any = None,
+    ) -> Any:  # fmt: skip
+        return pooling.max_unpoolNd(dims, input, indices, kernel_size, stride, padding, output_size)
+
+    return route
+
+
+def _adaptive_avg_pool(dims: int) -> Callable[..., Any]:
+    return lambda mode, input, output_size: pooling.adaptive_avg_poolNd(dims, input, output_size)
+
+
+def _adaptive_max_pool(dims: int) -> Callable[..., Any]:
+    return lambda mode, input, output_size, return_indices=False: pooling.adaptive_max_poolNd(
+        dims, input, output_size, return_indices
+    )
+
+
+def _adaptive_max_pool_with_indices(dims: int) -> Callable[..., Any]:
+    return lambda mode, input, output_size, return_indices=True: pooling.adaptive_max_poolNd(
+        dims, input, output_size, True
+    )
+
+
+def _routes() -> dict[Any, tuple[str, Callable[..., Any]]]:
+    """Return PyTorch's functions with the name to report and the function to call, for those this version has."""
+    made = {
+        "conv{}d": _conv, "conv_transpose{}d": _conv_transpose, "max_pool{}d": _max_pool,
+        "max_pool{}d_with_indices": _max_pool_with_indices, "avg_pool{}d": _avg_pool, "lp_pool{}d": _lp_pool,
+        "max_unpool{}d": _max_unpool, "adaptive_avg_pool{}d": _adaptive_avg_pool,
+        "adaptive_max_pool{}d": _adaptive_max_pool,
+        "adaptive_max_pool{}d_with_indices": _adaptive_max_pool_with_indices,
+    }  # fmt: skip
+    found: dict[Any, tuple[str, Callable[..., Any]]] = {torch.convolution: ("convolution", _convolution)}
+    for pattern, make in made.items():
+        for dims in (1, 2, 3):
+            name = pattern.format(dims)
+            for home in (torch, F):
+                function = getattr(home, name, None)
+                # `torch.adaptive_max_pool1d` returns the indices without being asked; F's does not.
+                indexed = home is torch and name == "adaptive_max_pool1d"
+                if function is not None and function not in found:
+                    found[function] = name, (_adaptive_max_pool_with_indices if indexed else make)(dims)
+    return found
+
+
+_ROUTES = _routes()
