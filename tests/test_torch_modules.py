@@ -114,7 +114,7 @@ def test_convert_leaves_what_the_algorithm_cannot_do():
     done = ft.convert(model, algorithm="winograd")
     assert [name for name, _ in done.swapped] == ["1"]
     assert "tiles need stride 1" in done.left[0][2]
-    assert "its weight is on meta; there are no kernels for it yet" in done.left[1][2]
+    assert "its weight is a tensor on meta; there are no kernels for it yet" in done.left[1][2]
 
 
 def test_copies_and_pickles_of_modules():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import registry, selection
+from .. import arrays, registry, selection
 from ..errors import FastconvError
 from ..geometry import DIRECTIONS, ConvGeometry
 from . import convolution, pooling
@@ -197,8 +197,10 @@ def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.modules.conv._ConvNd) or not isinstance(weight, torch.Tensor):
         return ""
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; there are no kernels for it yet"
+    try:
+        device = arrays.library_of("its weight", weight).device
+    except FastconvError as error:
+        return str(error)
     if algorithm in ("auto", "tune"):
         return ""
     try:
@@ -213,7 +215,7 @@ def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
         shapes = (1, channels, *extents), (filters, channels // module.groups, *module.kernel_size)
         geometry = ConvGeometry.create(*shapes, *how, dtype=to_array(weight.detach().flatten()[:0]).dtype)
         for direction in DIRECTIONS:
-            selection.choose(geometry, direction, "channels_first", "cpu", algorithm, precision)
+            selection.choose(geometry, direction, "channels_first", device, algorithm, precision)
     except FastconvError as error:
         return str(error)
     return ""
