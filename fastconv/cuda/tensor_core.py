@@ -38,6 +38,8 @@ THREADS = 128
 MOST_BLOCKS = 65535
 # Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
 ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
+# Pixels of one running sum: one addition for 8 or 16 of them.
+CHAIN = 16384
 # Not measured: the share of the tensor cores' peak; the newest have other instructions than mma for the whole of it.
 SHARES, SHARE = {"sm_90": 0.45, "sm_100": 0.2, "sm_103": 0.2}, 0.6
 
@@ -405,7 +407,8 @@ class Share(NamedTuple):
         taken = 4 * steps * depth * _index_dtype(g, units).itemsize
         taken += sum(b.nbytes for name in ("x", "grad_output") for b in Pixels.of(g, name, units).buffers().values())
         room = (limit - taken) // (4 * part)
-        splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
+        wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-steps * depth // CHAIN))
+        splits = min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
         each = -(-steps // max(splits, 1))
         products = tiles * tile.rows * tile.columns * steps * tile.chunks
         return cls(tile, columns, steps, each, max(-(-steps // max(each, 1)), 1), steps * depth, part, products)
