@@ -125,7 +125,7 @@ def choose(
     registry.named(algorithm, kind)
     return _choose(
         geometry, direction, stored, kind, algorithm, precision, config.get("workspace_limit"),
-        _units(device), _registered(kind), tuning.changes, config.get("amx"),
+        _units(device), _model(device), _registered(kind), tuning.changes, config.get("amx"),
     )  # fmt: skip
 
 
@@ -143,6 +143,15 @@ def _units(device: str) -> int | str:
     return threads.count()
 
 
+def _model(device: str) -> str:
+    """Return the model of the GPU whose times are of use, if it is there; empty for the CPU."""
+    if device == "cpu":
+        return ""
+    from .cuda import launch
+
+    return launch.model(device)
+
+
 def _registered(device: str) -> tuple[Algorithm, ...]:
     return tuple(registry.on(device))
 
@@ -157,6 +166,7 @@ def _choose(
     precision: str,
     limit: int,
     units: int | str,
+    model: str,
     registered: tuple[Algorithm, ...],
     changes: int,
     amx: str,
@@ -181,7 +191,7 @@ def _choose(
         if size <= room:
             choices.append(choice)
     if choices:
-        entry = tuning.key(inner, geometry.dtype, direction, device, units, precision)
+        entry = tuning.key(inner, geometry.dtype, direction, device, units, precision, model)
         if name == "tune" and len(choices) > 1:
             tuning.tune(entry, geometry.dtype, direction, choices, device)
         return _fastest(choices, tuning.times(entry), direction, units)
@@ -265,15 +275,15 @@ def algorithms(
     one_of("direction", direction, DIRECTIONS)
     stored, level = geometry.data_format, checked_precision(precision)
     inner, limit = lifted(geometry, stored, device), config.get("workspace_limit")
-    staging, units = staging_bytes(geometry, device), _units(device)
+    staging, units, model = staging_bytes(geometry, device), _units(device), _model(device)
     here = registry.on(kind)
-    how = (direction, stored, kind, "auto", level, limit, units, tuple(here), tuning.changes, config.get("amx"))
+    how = (direction, stored, kind, "auto", level, limit, units, model, tuple(here), tuning.changes, config.get("amx"))
     try:
         best = _choose(geometry, *how).algorithm.name
     except UnsupportedError:
         # The table says of each why.
         best = None
-    measured = tuning.times(tuning.key(inner, geometry.dtype, direction, kind, units, level))
+    measured = tuning.times(tuning.key(inner, geometry.dtype, direction, kind, units, level, model))
     found = []
     for algorithm in here:
         reason = "there is nothing to compute" if geometry.is_empty else ""

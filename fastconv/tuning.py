@@ -61,16 +61,21 @@ if hasattr(os, "register_at_fork"):
 # --- what is known ---------------------------------------------------------------------------------------------
 
 
-def key(inner: ConvGeometry, dtype: np.dtype, direction: str, device: str, units: int | str, precision: str) -> str:
+def key(
+    inner: ConvGeometry, dtype: np.dtype, direction: str, device: str, units: int | str, precision: str, model: str = ""
+) -> str:
     """Return the name of an entry: a lifted geometry, the caller's dtype, and what else a time depends on.
 
-    `units` is the number of threads, or the architecture of a GPU.
+    `units` is the number of threads, or the architecture of a GPU of this model.
     """
     sizes = {
         "in": inner.input_size, "kernel": inner.kernel_size, "out": inner.output_size, "stride": inner.stride,
         "pad": [f"{before}+{after}" for before, after in inner.padding], "dilation": inner.dilation,
     }  # fmt: skip
-    units = units if isinstance(units, str) else f"threads={units}"
+    if not isinstance(units, str):
+        units = f"threads={units}"
+    elif model:
+        units = f"{units} {model.replace(' ', '_')}"
     words = [f"{name}={'x'.join(map(str, values))}" for name, values in sizes.items()]
     channels = f"n={inner.batch} c={inner.in_channels} k={inner.out_channels} groups={inner.groups}"
     return " ".join([device, direction, str(dtype), inner.data_format, channels, *words, units, precision])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, MissingDependencyError, UnsupportedError
 from . import toolchain
 from .architecture import Architecture
 from .compile import CompiledKernel
@@ -48,6 +48,10 @@ class CoreDriver:
         """Return ten times the compute capability."""
         major, minor = self._core.Device(device).compute_capability
         return 10 * major + minor
+
+    def name(self, device: int) -> str:
+        """Return the name of the GPU's model."""
+        return self._core.Device(device).name
 
     def load(self, cubin: bytes, entry: str) -> Any:
         """Return a kernel of a module that is loaded on the current device."""
@@ -186,6 +190,15 @@ def architecture(using: Any = None) -> str:
     if not fitting:
         raise UnsupportedError(f"there are no kernels for GPUs of compute capability {capability / 10}")
     return fitting[0]
+
+
+def model(name: str) -> str:
+    """Return the model of the current GPU if it is of the architecture of this name; empty if not, or without a GPU."""
+    try:
+        using = driver()
+        return using.name(using.device()) if architecture(using) == name else ""
+    except (MissingDependencyError, UnsupportedError):
+        return ""
 
 
 def _known(name: str) -> bool:

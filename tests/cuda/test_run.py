@@ -3,39 +3,17 @@
 import sys
 from types import SimpleNamespace
 
-import gpu
 import ml_dtypes
 import numpy as np
 import pytest
 from support import normal, whole
 
 import fastconv
-from fastconv import arrays, calls, reference, registry, tuning
+from fastconv import arrays, reference, registry, tuning
 from fastconv.cuda import direct, launch, run, winograd
 from fastconv.cuda.gemm_kernels import Tile
 from fastconv.cuda.steps import Step
 from fastconv.testing import assert_close
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    module = gpu.Cupy()
-    driver = gpu.Driver(module.memory)
-    module.driver = driver
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr(launch, "driver", lambda: driver)
-    monkeypatch.setattr(run, "compile_kernel", driver.compile)
-    forget()
-    yield module
-    forget()
-
-
-def forget():
-    calls.known.clear()
-    made = (run._conv_launches, run._launches_of, run._bias_grad_launches)
-    for cache in (arrays._cupy_on, launch._stream, *made):
-        cache.cache_clear()
-
 
 X, W, B = (2, 4, 5, 6), (6, 2, 3, 2), (6,)
 HOW = {"stride": (2, 1), "padding": 1, "dilation": (1, 2), "groups": 2}
@@ -303,12 +281,15 @@ def test_tuning_measures_on_the_gpu(cupy, monkeypatch, tmp_path):
         assert np.array_equal(y.host, reference.conv(x, w, **how))
         ((entry, times),) = tuning.entries().items()
         assert entry.startswith("cuda forward")
-        assert entry.endswith("sm_90a highest")
+        assert entry.endswith("sm_90a NVIDIA_Emulated highest")
         # Depthwise convolution packs its weight first.
         assert (times["direct"], times["depthwise"]) == (0.001, 0.002)
         geometry = fastconv.ConvGeometry.create(x.shape, w.shape, dtype=x.dtype, **how)
         (chosen,) = (c for c in fastconv.algorithms(geometry, "sm_90a") if c.chosen)
         assert (chosen.name, chosen.measured) == ("direct", 0.001)
+        monkeypatch.setattr(cupy.driver, "name", lambda device: "NVIDIA Other")
+        assert all(c.measured is None for c in fastconv.algorithms(geometry, "sm_90a"))
+        assert all(c.measured is None for c in fastconv.algorithms(geometry, "sm_80"))
     finally:
         monkeypatch.delenv("FASTCONV_CACHE_DIR")
         tuning.reload()
