@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fastconv
+from fastconv.arrays import NumpyArrays, gpu_library
 from fastconv.errors import FastconvError, UnsupportedError, WorkspaceLimitError
 from fastconv.geometry import DIRECTIONS
 
-from . import check, providers, timing
+from . import check, gpu_timing, providers, timing
 from .check import Errors, Oracle, Problem
 from .providers import Provider
 from .report import Row, size
+from .timing import Timing
 from .workloads import Workload
+
+# The most repeats on a GPU.
+REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Settings:
     """What to measure, and how.
 
     `budget` is in seconds for each row of the result; `algorithms` and `threads` may be None for all there are.
+    `device` is "cpu", or "cuda" for the current GPU.
     """
 
     workloads: Sequence[Workload]
@@ -34,10 +40,14 @@ class Settings:
     threads: int | None = None
     budget: float = 0.3
     with_torch: bool = True
+    device: str = "cpu"
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that the numbers depend on, for a file."""
-        names = ("directions", "algorithms", "dtype", "data_formats", "precision", "threads", "budget", "with_torch")
+        names = (
+            "device", "directions", "algorithms", "dtype", "data_formats", "precision", "threads", "budget",
+            "with_torch",
+        )  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -51,7 +61,8 @@ class _Attempt:
     errors: Errors | None = None
     status: str = "ok"
     note: str = ""
-    timing: timing.Timing | None = field(default=None)
+    timing: Timing | None = field(default=None)
+    host_seconds: float | None = None
 
 
 def run_layer(settings: Settings, problem: Problem, direction: str) -> list[Row]:
@@ -63,16 +74,23 @@ def run_layer(settings: Settings, problem: Problem, direction: str) -> list[Row]
             stack.enter_context(fastconv.options(threads=settings.threads))
             if settings.with_torch and providers.torch_problem() is None:
                 stack.enter_context(providers.torch_threads(settings.threads))
+        library = NumpyArrays if settings.device == "cpu" else gpu_library()
         oracle = Oracle(problem, direction)
         attempts = [
             _attempt(provider, problem, direction, oracle, settings.precision)
             for provider in providers.providers(
-                problem, direction, settings.data_formats, settings.precision, settings.algorithms, settings.with_torch
+                problem, direction, settings.data_formats, settings.precision, settings.algorithms,
+                settings.with_torch, library,
             )
-        ]
+        ]  # fmt: skip
         calls = {i: a.call for i, a in enumerate(attempts) if a.status == "ok" and a.call is not None}
-        for i, found in timing.measure(calls, settings.budget).items():
-            attempts[i].timing = found
+        if library is NumpyArrays:
+            for i, found in timing.measure(calls, settings.budget).items():
+                attempts[i].timing = found
+        else:
+            gpu = gpu_timing.CurrentGpu(library)
+            for i, call in calls.items():
+                attempts[i].timing, attempts[i].host_seconds = gpu_timing.measure(call, gpu, settings.budget, REPEATS)
     reference = min(
         (a.timing.median for a in attempts if a.timing is not None and a.provider.is_peer),
         default=None,
@@ -144,6 +162,8 @@ def _row(settings: Settings, problem: Problem, direction: str, attempt: _Attempt
         ratio=None if seconds is None or reference is None else reference / seconds,
         is_reference=provider.is_peer and seconds is not None and seconds == reference,
         is_auto=provider.is_auto,
+        device=settings.device,
+        host_us=None if attempt.host_seconds is None else attempt.host_seconds * 1e6,
     )
 
 

@@ -1,9 +1,8 @@
 """The benchmark on a GPU: every algorithm against PyTorch, in all formats, dtypes and directions, and pools.
 
-`python -m benchmarks.gpu_bench` is what `gpu_check` runs last, in a process of its own, until it is ended. Device time
-is what events say around one call: caches are emptied before it, and the GPU is kept waiting until the host is ahead,
-so that the host's own time does not count. That is measured apart: calls that nobody waits for. Results are compared
-with float64 before they are timed. PyTorch has the memory; kernels get addresses.
+`python -m benchmarks.gpu_bench` is what `gpu_check` runs last, in a process of its own, until it is ended. How time is
+taken is in `gpu_timing`. Results are compared with float64 before they are timed. PyTorch has the memory; kernels get
+addresses.
 
 With --prebuild the kernels are compiled and nothing else happens, which needs no GPU.
 """
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,10 @@ from fastconv.cuda.steps import Step
 from fastconv.geometry import DATA_FORMATS, DIRECTIONS
 from fastconv.testing import tolerance
 
-from . import check, workloads
+from . import check, gpu_timing, workloads
 from .cells import POOLS, Pool
-from .gpu_look import LIMITS, PUBLIC, guarded, hardware, host_seconds, kernels, numpy_dtype
+from .gpu_look import LIMITS, PUBLIC, guarded, hardware, kernels, numpy_dtype
+from .providers import set_cudnn, torch_convolution
 from .timing import Timing
 from .workloads import Workload
 
@@ -39,8 +38,6 @@ BATCH = 8
 IMAGES = 2
 # Seconds of measuring a call, and the most repeats.
 BUDGET, REPEATS = 0.03, 30
-# More than any cache holds.
-FLUSHED_BYTES = 256 << 20
 # The most bytes of workspace.
 LIMIT = 2**30
 # Dtypes and formats, and kinds of layers, the most important first.
@@ -63,7 +60,7 @@ class Cuda:
         import torch
 
         self._torch, self.architecture = torch, launch.architecture()
-        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        self._flushed = torch.empty(gpu_timing.FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
         self.library: Any = arrays.library_of("memory", self._flushed)
 
     def address(self, tensor: Any) -> int:
@@ -81,24 +78,31 @@ class Cuda:
 
     def measure(self, call: Callable[[], Any]) -> tuple[Timing, float]:
         """Return the seconds that a call keeps the GPU busy, and those that it costs the host."""
-        cuda = self._torch.cuda
-        cuda.synchronize()
-        start = perf_counter()
-        call()
-        cuda.synchronize()
-        once = perf_counter() - start
-        host = host_seconds(call, cuda.synchronize, *((10, 5) if once < BUDGET / 10 else (1, 3)))
-        repeats = int(min(max(BUDGET / once, 3), REPEATS))
-        events = [[cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        # Cycles of some 2 GHz in which the GPU waits.
-        cuda._sleep(int(2e9 * min(repeats * (host + 30e-6), 0.05)))
-        for before, after in events:
-            self._flushed.zero_()
-            before.record()
-            call()
-            after.record()
-        cuda.synchronize()
-        return Timing.of([1e-3 * before.elapsed_time(after) for before, after in events]), host
+        return gpu_timing.measure(call, self, BUDGET, REPEATS)
+
+    # What `gpu_timing` needs.
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+        self._torch.cuda.synchronize()
+
+    def flush(self) -> None:
+        """Empty the caches."""
+        self._flushed.zero_()
+
+    def hold(self, seconds: float) -> None:
+        """Let cycles of some 2 GHz go by."""
+        self._torch.cuda._sleep(int(2e9 * seconds))
+
+    def moment(self) -> Any:
+        """Return an event."""
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed(self, first: Any, last: Any) -> float:
+        """Return the seconds between two events that have come."""
+        return 1e-3 * first.elapsed_time(last)
 
 
 def bench(device: Any) -> None:
@@ -256,26 +260,14 @@ class ConvUnit(Unit):
         return [a for a in registry.on("cuda") if a.supports(self.geometry, self.direction).ok]
 
     def _torch(self, tf32: bool) -> Prepared:
-        import torch
-
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
+        set_cudnn(tf32)
         call = self._torch_call(*self.operands)
         # The first call looks for the best algorithm, in memory that later ones do without.
         call()
         return call, {"workspace": self.device.workspace(call)}
 
     def _torch_call(self, x: Any, weight: Any, grad: Any) -> Callable[[], Any]:
-        import torch
-
-        w = self.workload
-        pairs = [np.broadcast_to(n, 2).tolist() for n in (w.stride, w.padding, w.dilation)]
-        if self.direction == "forward":
-            return torch.inference_mode()(partial(torch.nn.functional.conv2d, x, weight, None, *pairs, w.groups))
-        mask = [self.direction == "input_grad", self.direction == "weight_grad", False]
-        backward = torch.ops.aten.convolution_backward
-        return torch.inference_mode()(
-            lambda: backward(grad, x, weight, None, *pairs, False, [0, 0], w.groups, mask)[mask.index(True)]
-        )
+        return torch_convolution(self.workload.geometry(), self.direction, x, weight, grad)
 
     def _fastconv(self, algorithm: Any) -> Prepared:
         import torch

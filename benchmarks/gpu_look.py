@@ -30,6 +30,7 @@ from fastconv.cuda import compile, launch, toolchain
 from fastconv.geometry import DATA_FORMATS
 from fastconv.testing import rms_error
 
+from .gpu_timing import host_seconds
 from .workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,20 +186,6 @@ def launch_costs() -> dict[str, Any]:
         except Exception as error:
             costs[name] = f"{type(error).__name__}: {error}"[:300]
     return {"us": costs}
-
-
-def host_seconds(call: Callable[[], Any], synchronize: Callable[[], Any], calls: int = 100, blocks: int = 15) -> float:
-    """Return the median time of a call that nobody waits for."""
-    call()
-    found = []
-    for _ in range(blocks):
-        synchronize()
-        start = perf_counter()
-        for _ in range(calls):
-            call()
-        found.append((perf_counter() - start) / calls)
-    synchronize()
-    return float(np.median(found))
 
 
 def _launcher() -> Callable[[], Any]:

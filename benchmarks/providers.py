@@ -1,4 +1,4 @@
-"""What can compute a layer: fastconv's algorithms, and the libraries they are compared with.
+"""What can compute a layer: fastconv's algorithms, and the libraries they are compared with, on the CPU or a GPU.
 
 A provider turns a problem and a direction into a callable without arguments, whose operands are ready in the memory
 layout it wants, and turns that callable's result into a channels-first NumPy array. To add a library or a device,
@@ -17,9 +17,13 @@ import numpy as np
 
 import fastconv
 from fastconv import registry, selection
-from fastconv.arrays import TorchArrays
+from fastconv.arrays import DeviceLibrary, NumpyArrays, TorchArrays
+from fastconv.geometry import ConvGeometry
 
 from .check import Problem
+
+# Where fastconv's operands are: the host, or a GPU.
+Library = type[NumpyArrays] | DeviceLibrary
 
 
 class Provider(Protocol):
@@ -55,13 +59,16 @@ class Provider(Protocol):
 
 
 class FastconvProvider:
-    """One of fastconv's algorithms, on NumPy arrays."""
+    """One of fastconv's algorithms, on arrays of a library."""
 
     is_peer = False
 
-    def __init__(self, name: str, data_format: str, precision: str, is_auto: bool, workspace_bytes: int | None) -> None:
+    def __init__(
+        self, name: str, data_format: str, precision: str, is_auto: bool, workspace_bytes: int | None,
+        library: Library = NumpyArrays,
+    ) -> None:  # fmt: skip
         self.name, self.data_format, self.precision = name, data_format, precision
-        self.is_auto, self.workspace_bytes = is_auto, workspace_bytes
+        self.is_auto, self.workspace_bytes, self._library = is_auto, workspace_bytes, library
 
     def prepare(self, problem: Problem, direction: str) -> Callable[[], Any]:
         """Return a call of the public operation."""
@@ -72,16 +79,18 @@ class FastconvProvider:
             "precision": self.precision,
         }
         x, grad = (_in_format(a, self.data_format) for a in (problem.x, problem.grad))
+        x, weight, grad = map(self._library.from_host, (x, problem.weight, grad))
         name = f"conv{problem.geometry.spatial_dims}d"
         if direction == "forward":
-            return partial(getattr(fastconv, name), x, problem.weight, **how)
+            return partial(getattr(fastconv, name), x, weight, **how)
         backward, need = getattr(fastconv, name + "_backward"), direction.removesuffix("_grad")
-        return lambda: getattr(backward(grad, x, problem.weight, needs=(need,), **how), need)
+        return lambda: getattr(backward(grad, x, weight, needs=(need,), **how), need)
 
     def as_numpy(self, result: Any, direction: str) -> np.ndarray:
         """Return the result as a channels-first array."""
+        found = self._library.to_host(result)
         moved = self.data_format == "channels_last" and direction != "weight_grad"
-        return np.moveaxis(result, -1, 1) if moved else result
+        return np.moveaxis(found, -1, 1) if moved else found
 
 
 def _in_format(array: np.ndarray, data_format: str) -> np.ndarray:
@@ -89,7 +98,7 @@ def _in_format(array: np.ndarray, data_format: str) -> np.ndarray:
 
 
 class TorchProvider:
-    """PyTorch on the CPU (oneDNN for most layers), contiguous or with the channels last in memory.
+    """PyTorch (oneDNN for most layers, cuDNN on a GPU), contiguous or with the channels last in memory.
 
     Operands, weight included, are in that layout beforehand, as in a model that has been converted.
     """
@@ -97,34 +106,22 @@ class TorchProvider:
     name, is_peer, is_auto = "torch", True, False
     workspace_bytes: int | None = None
 
-    def __init__(self, data_format: str) -> None:
-        self.data_format = data_format
+    def __init__(self, data_format: str, device: str = "cpu") -> None:
+        self.data_format, self._device = data_format, device
 
     def prepare(self, problem: Problem, direction: str) -> Callable[[], Any]:
         """Return a call of PyTorch's convolution or of its gradient."""
-        import torch
-
         g = problem.geometry
         if g.padding_mode != "zeros" or any(before != after for before, after in g.padding):
             raise fastconv.UnsupportedError("PyTorch's convolution pads with zeros, the same on both sides")
-        x, weight, grad = (self._tensor(a) for a in (problem.x, problem.weight, problem.grad))
-        stride, padding, dilation = (list(s) for s in (g.stride, [b for b, _ in g.padding], g.dilation))
-        if direction == "forward":
-            convolve = getattr(torch.nn.functional, f"conv{g.spatial_dims}d")
-            call = partial(convolve, x, weight, None, stride, padding, dilation, g.groups)
-        else:
-            mask = [direction == "input_grad", direction == "weight_grad", False]
-            gradients = partial(
-                torch.ops.aten.convolution_backward,
-                grad, x, weight, None, stride, padding, dilation, False, [0] * g.spatial_dims, g.groups, mask,
-            )  # fmt: skip
-            call = partial(_item, gradients, mask.index(True))
-        return torch.inference_mode()(call)
+        if self._device != "cpu":
+            set_cudnn(tf32=False)
+        return torch_convolution(g, direction, *map(self._tensor, (problem.x, problem.weight, problem.grad)))
 
     def _tensor(self, array: np.ndarray) -> Any:
         import torch
 
-        tensor = TorchArrays.give_back(array)
+        tensor = TorchArrays.give_back(array).to(self._device)
         if self.data_format == "channels_last":
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
             return tensor.to(memory_format=formats[tensor.ndim])
@@ -132,7 +129,31 @@ class TorchProvider:
 
     def as_numpy(self, result: Any, direction: str) -> np.ndarray:
         """Return the result as a channels-first array."""
-        return TorchArrays.adopt("result", result)
+        return TorchArrays.adopt("result", result.cpu())
+
+
+def torch_convolution(geometry: ConvGeometry, direction: str, x: Any, weight: Any, grad: Any) -> Callable[[], Any]:
+    """Return a call of PyTorch's convolution or of its gradient; padding is the same on both sides."""
+    import torch
+
+    g = geometry
+    how = [list(sizes) for sizes in (g.stride, [before for before, _ in g.padding], g.dilation)]
+    if direction == "forward":
+        convolve = getattr(torch.nn.functional, f"conv{g.spatial_dims}d")
+        return torch.inference_mode()(partial(convolve, x, weight, None, *how, g.groups))
+    mask = [direction == "input_grad", direction == "weight_grad", False]
+    gradients = partial(
+        torch.ops.aten.convolution_backward,
+        grad, x, weight, None, *how, False, [0] * g.spatial_dims, g.groups, mask,
+    )  # fmt: skip
+    return torch.inference_mode()(partial(_item, gradients, mask.index(True)))
+
+
+def set_cudnn(tf32: bool) -> None:
+    """Let cuDNN measure which of its algorithms is the fastest, and use TF32 for float32 or not, from now on."""
+    import torch
+
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
 
 
 def _item(call: Callable[[], Any], index: int) -> Any:
@@ -146,49 +167,56 @@ def providers(
     precision: str,
     algorithms: Sequence[str] | None = None,
     with_torch: bool = True,
+    library: Library = NumpyArrays,
 ) -> Iterator[Provider]:
-    """Yield what is to be measured on one layer.
+    """Yield what is to be measured on one layer, with arrays of a library.
 
     Without `algorithms`, fastconv's that support the layer (one that only lacks workspace is included: it says so);
     otherwise those named, whether they can do it or not.
     """
     for data_format in data_formats:
-        yield from _fastconv(problem, direction, data_format, precision, algorithms)
-    if with_torch and torch_problem() is None:
-        yield TorchProvider("channels_first")
+        yield from _fastconv(problem, direction, data_format, precision, algorithms, library)
+    device = _kind(library)
+    if with_torch and torch_problem(device) is None:
+        yield TorchProvider("channels_first", device)
         # PyTorch has no such layout for signals.
         if problem.geometry.spatial_dims > 1:
-            yield TorchProvider("channels_last")
+            yield TorchProvider("channels_last", device)
+
+
+def _kind(library: Library) -> str:
+    return "cpu" if library.device == "cpu" else "cuda"
 
 
 def _fastconv(
-    problem: Problem, direction: str, data_format: str, precision: str, algorithms: Sequence[str] | None
-) -> Iterator[FastconvProvider]:
-    geometry = problem.workload.geometry(data_format, problem.dtype)
-    known = {c.name: c for c in selection.algorithms(geometry, direction=direction, precision=precision)}
-    auto = selection.choose(geometry, direction, data_format, "cpu", "auto", precision).algorithm.name
+    problem: Problem, direction: str, data_format: str, precision: str, algorithms: Sequence[str] | None,
+    library: Library,
+) -> Iterator[FastconvProvider]:  # fmt: skip
+    geometry, device = problem.workload.geometry(data_format, problem.dtype), library.device
+    known = {c.name: c for c in selection.algorithms(geometry, device, direction=direction, precision=precision)}
+    auto = selection.choose(geometry, direction, data_format, device, "auto", precision).algorithm.name
     if algorithms is None:
         names = [c.name for c in known.values() if c.supported or c.workspace_bytes is not None]
     else:
-        names = list(dict.fromkeys(n for a in algorithms for n in ([auto] if a == "auto" else _variants(a))))
+        names = list(dict.fromkeys(n for a in algorithms for n in ([auto] if a == "auto" else _variants(a, library))))
     for name in names:
         size = known[name].workspace_bytes if name in known else None
-        yield FastconvProvider(name, data_format, precision, name == auto, size)
+        yield FastconvProvider(name, data_format, precision, name == auto, size, library)
 
 
-def _variants(algorithm: str) -> list[str]:
-    return [a.name for a in registry.named(algorithm, "cpu")] or [algorithm]
+def _variants(algorithm: str, library: Library) -> list[str]:
+    return [a.name for a in registry.named(algorithm, _kind(library))] or [algorithm]
 
 
-def torch_problem() -> str | None:
-    """Return why PyTorch cannot be compared with, or None if it can."""
+def torch_problem(device: str = "cpu") -> str | None:
+    """Return why PyTorch cannot be compared with on "cpu" or "cuda", or None if it can."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (pip install 'fastconv[torch]')"
     try:
-        import torch  # noqa: F401
+        import torch
     except Exception as error:
         return f"PyTorch does not load ({type(error).__name__}: {error})"
-    return None
+    return None if device == "cpu" or torch.cuda.is_available() else f"PyTorch {torch.__version__} sees no GPU"
 
 
 @contextmanager

@@ -22,7 +22,8 @@ class Row:
 
     `ms`, its quantiles, `gflops_per_s` and `ratio` are None unless `status` is "ok". `gflop` counts the arithmetic of
     direct convolution whatever the algorithm does. `ratio` is the reference's time over this one's, where the
-    reference is the faster of the other library's memory layouts: above 1 is faster than the reference.
+    reference is the faster of the other library's memory layouts: above 1 is faster than the reference. On a GPU `ms`
+    is the device's time, and `host_us` what a call costs the host.
     """
 
     network: str
@@ -52,6 +53,8 @@ class Row:
     ratio: float | None
     is_reference: bool
     is_auto: bool
+    device: str = "cpu"
+    host_us: float | None = None
 
 
 # --- sums over a network ---------------------------------------------------------------------------------------
@@ -105,9 +108,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 class Table:
     """Rows as aligned lines that can be printed one by one: widths follow from what may come, not from what came."""
 
-    _NUMBERS = (("ms", 9), ("GFLOP/s", 8), ("workspace", 10), ("RMS error", 9), ("ratio", 6))
+    _NUMBERS = (("ms", 9), ("host us", 7), ("GFLOP/s", 8), ("workspace", 10), ("RMS error", 9), ("ratio", 6))
 
-    def __init__(self, layers: Iterable[str], providers: Iterable[str]) -> None:
+    def __init__(self, layers: Iterable[str], providers: Iterable[str], device: str = "cpu") -> None:
+        self._numbers = [number for number in self._NUMBERS if device != "cpu" or number[0] != "host us"]
         self._widths = (
             max(map(len, ("layer", *layers))),
             len("weight_grad"),
@@ -119,7 +123,7 @@ class Table:
     def header(self) -> str:
         """Return the line above the rows."""
         words = zip(("layer", "direction", "algorithm", "layout"), self._widths)
-        return "  ".join([*(f"{word:<{w}}" for word, w in words), *(f"{name:>{w}}" for name, w in self._NUMBERS)])
+        return "  ".join([*(f"{word:<{w}}" for word, w in words), *(f"{name:>{w}}" for name, w in self._numbers)])
 
     def line(self, row: Row) -> str:
         """Return a row; the layer and the direction show where they change."""
@@ -132,14 +136,15 @@ class Table:
         mark = "  <- auto" if row.is_auto else ""
         if row.status != "ok":
             return f"{left}  {row.note}{mark}"
-        numbers = (
-            milliseconds(row.ms),
-            _number(row.gflops_per_s, ".1f"),
-            "-" if row.workspace_bytes is None else size(row.workspace_bytes),
-            _number(row.rms_error, ".1e"),
-            ratio(row.ratio),
-        )
-        right = "  ".join(f"{text:>{w}}" for text, (_, w) in zip(numbers, self._NUMBERS))
+        numbers = {
+            "ms": milliseconds(row.ms),
+            "host us": _number(row.host_us, ".1f"),
+            "GFLOP/s": _number(row.gflops_per_s, ".1f"),
+            "workspace": "-" if row.workspace_bytes is None else size(row.workspace_bytes),
+            "RMS error": _number(row.rms_error, ".1e"),
+            "ratio": ratio(row.ratio),
+        }
+        right = "  ".join(f"{numbers[name]:>{w}}" for name, w in self._numbers)
         return f"{left}  {right}{mark}"
 
 
@@ -150,7 +155,8 @@ def layer_name(row: Row) -> str:
 
 def text(rows: Sequence[Row]) -> str:
     """Return all rows as a table."""
-    table = Table(map(layer_name, rows), (row.provider for row in rows))
+    devices = {row.device for row in rows} - {"cpu"}
+    table = Table(map(layer_name, rows), (row.provider for row in rows), *devices)
     return "\n".join([table.header(), *map(table.line, rows)])
 
 

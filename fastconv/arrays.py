@@ -48,6 +48,16 @@ class NumpyArrays:
         """Return the result as an array of this library."""
         return result
 
+    @staticmethod
+    def from_host(array: np.ndarray) -> np.ndarray:
+        """Return the array."""
+        return array
+
+    @staticmethod
+    def to_host(held: np.ndarray) -> np.ndarray:
+        """Return the array."""
+        return held
+
     # What the emulator does in place of a GPU's library, see `DeviceLibrary`.
 
     @staticmethod
@@ -235,6 +245,10 @@ class DeviceLibrary:
         """Return a copy of a NumPy array."""
         raise NotImplementedError
 
+    def to_host(self, held: Any) -> np.ndarray:
+        """Return a copy as a NumPy array, once it has been computed."""
+        raise NotImplementedError
+
     def dtype_of(self, held: Any) -> np.dtype:
         """Return the dtype as NumPy names it."""
         raise NotImplementedError
@@ -308,6 +322,9 @@ class _CupyOnDevice(DeviceLibrary):
         with self.current():
             return self._cupy.asarray(array)
 
+    def to_host(self, held: Any) -> np.ndarray:
+        return self._cupy.asnumpy(held)
+
     def dtype_of(self, held: Any) -> np.dtype:
         return held.dtype
 
@@ -371,6 +388,9 @@ class _TorchOnDevice(DeviceLibrary):
 
     def from_host(self, array: np.ndarray) -> Any:
         return TorchArrays.give_back(array).to(f"cuda:{self.index}")
+
+    def to_host(self, held: Any) -> np.ndarray:
+        return TorchArrays.adopt("held", held.cpu())
 
     def dtype_of(self, held: Any) -> np.dtype:
         name = str(held.dtype).removeprefix("torch.")
@@ -476,6 +496,10 @@ def _cupy_for(name: str, value: Any) -> Any:
 
 def gpu_library() -> DeviceLibrary:
     """Return a library that allocates on the current GPU: CuPy, or else PyTorch; UnsupportedError if there is none."""
+    from .cuda import launch
+
+    # Its error says most of a machine without a GPU.
+    launch.driver()
     for name, on, current in (
         ("cupy", _cupy_on, lambda module: module.cuda.runtime.getDevice()),
         ("torch", _torch_on, lambda module: module.cuda.current_device() if module.cuda.is_available() else None),

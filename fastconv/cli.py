@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-from . import config
+from . import arrays, config
 from ._version import __version__
 from .errors import FastconvError, MissingDependencyError
 from .geometry import DATA_FORMATS, DIRECTIONS
@@ -126,6 +126,7 @@ def _add_layers(parser: Any) -> None:
 
 
 def _add_kinds(group: Any, data_format: str) -> None:
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
     group.add_argument("--direction", metavar="D", default="all", help=f"all, or some of {', '.join(DIRECTIONS)}")
     group.add_argument("--dtype", choices=DTYPES, default="float32")
     group.add_argument("--data-format", choices=(*DATA_FORMATS, "both"), default=data_format)
@@ -256,7 +257,7 @@ def _settings(args: argparse.Namespace) -> Any:
     if not 0 < args.budget < float("inf"):
         raise UsageError(f"--budget must be a positive number of seconds, not {args.budget:g}")
     for name in args.algorithms or ():
-        registry.named(name, "cpu")
+        registry.named(name, args.device)
     _check_kinds(args)
     compare: Any = _benchmarks("compare")
     return compare.Settings(
@@ -269,6 +270,7 @@ def _settings(args: argparse.Namespace) -> Any:
         threads=args.threads,
         budget=args.budget,
         with_torch=not args.no_torch,
+        device=args.device,
     )
 
 
@@ -277,9 +279,18 @@ def _check_kinds(args: argparse.Namespace) -> None:
         raise UsageError("--dtype bfloat16 needs ml_dtypes: pip install 'fastconv[bfloat16]'")
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads must be at least 1, not {args.threads}")
+    if args.threads is not None and args.device != "cpu":
+        raise UsageError("--threads does not go with --device cuda")
     # Values from the environment are checked when they are read.
     for option in config.DEFAULTS:
         config.get(option)
+    # Without a GPU this is where it ends.
+    _architecture(args)
+
+
+def _architecture(args: argparse.Namespace) -> str:
+    """Return what `selection` knows a device by: "cpu", or the architecture of the current GPU."""
+    return "cpu" if args.device == "cpu" else arrays.gpu_library().device
 
 
 def _data_formats(text: str) -> tuple[str, ...]:
@@ -353,27 +364,40 @@ def _dtype(name: str) -> Any:
 
 
 def _explanation(args: argparse.Namespace, settings: Any) -> str:
-    """Return two lines that say what the table shows."""
-    from .cpu import threads
-
-    with config.options(**({} if settings.threads is None else {"threads": settings.threads})):
-        count = threads.count()
+    """Return two lines that say what the table shows, and a third for a GPU."""
     what = f"{args.network or ('one layer' if args.input else 'One layer of each kind')}, {settings.dtype}"
-    problem = "it was left out" if args.no_torch else _benchmarks("providers").torch_problem()
+    problem = "it was left out" if args.no_torch else _benchmarks("providers").torch_problem(args.device)
     if problem is None:
         ratio = "ratio = PyTorch's time (in its faster layout) / time: above 1 beats it."
     else:
         ratio = f"no ratio to PyTorch: {problem}."
-    return (
-        f"{what}, {count} thread{'s' * (count > 1)}; medians. {ratio}\n"
-        "GFLOP/s count direct convolution's arithmetic; RMS error is against float64; <- auto: what fastconv takes.\n"
-    )
+    lines = [
+        f"{what}, {_where(args, settings)}; medians. {ratio}",
+        "GFLOP/s count direct convolution's arithmetic; RMS error is against float64; <- auto: what fastconv takes.",
+    ]
+    if args.device != "cpu":
+        lines.append("ms: time on the GPU, caches emptied before; host us: a call's on the host; cuDNN without TF32.")
+    return "\n".join([*lines, ""])
+
+
+def _where(args: argparse.Namespace, settings: Any) -> str:
+    """Return what computes: threads, or a GPU with the library of the arrays."""
+    if args.device != "cpu":
+        from .cuda import launch
+
+        library = arrays.gpu_library()
+        return f"{launch.model(library.device)} ({library.device}), arrays of {library.name}"
+    from .cpu import threads
+
+    with config.options(**({} if settings.threads is None else {"threads": settings.threads})):
+        count = threads.count()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _measure(settings: Any, quiet: bool) -> tuple[list[Any], bool]:
     """Measure and print; return the rows, and whether Ctrl-C ended it."""
     compare, report = _benchmarks("compare"), _benchmarks("report")
-    table, rows = report.Table(*_widest(settings)), []
+    table, rows = report.Table(*_widest(settings), settings.device), []
     progress = _Progress(len(settings.workloads) * len(settings.directions), quiet)
     print(table.header(), flush=True)
     try:
@@ -397,7 +421,7 @@ def _widest(settings: Any) -> tuple[list[str], list[str]]:
     from . import registry
 
     layers = [f"{w.name} x{w.count}" if w.count > 1 else w.name for w in settings.workloads]
-    return layers, ["torch", *(a.name for a in registry.on("cpu")), *(settings.algorithms or ())]
+    return layers, ["torch", *(a.name for a in registry.on(settings.device)), *(settings.algorithms or ())]
 
 
 def _write(args: argparse.Namespace, settings: Any, rows: list[Any]) -> None:
@@ -479,14 +503,15 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _measure_layers(args: argparse.Namespace) -> None:
     layers, directions, formats = _workloads(args), _directions(args.direction), _data_formats(args.data_format)
-    progress = _Progress(len(layers) * len(directions) * len(formats), args.quiet)
+    progress, device = _Progress(len(layers) * len(directions) * len(formats), args.quiet), _architecture(args)
     with config.options(**({} if args.threads is None else {"threads": args.threads})):
         try:
             for layer in layers:
                 for direction in directions:
                     for data_format in formats:
                         progress.show(f"{layer.name} {direction} {data_format}")
-                        found = _tuned(layer.geometry(data_format, _dtype(args.dtype)), direction, args.precision)
+                        geometry = layer.geometry(data_format, _dtype(args.dtype))
+                        found = _tuned(geometry, direction, args.precision, device)
                         progress.step()
                         if not args.quiet:
                             print(f"{layer.name:<16}  {direction:<11}  {data_format:<14}  {found}", flush=True)
@@ -494,12 +519,12 @@ def _measure_layers(args: argparse.Namespace) -> None:
             progress.close()
 
 
-def _tuned(geometry: Any, direction: str, precision: str | None) -> str:
+def _tuned(geometry: Any, direction: str, precision: str | None, device: str) -> str:
     """Measure a convolution; return what is the fastest, and what was predicted to be if that is another."""
     from . import selection
 
-    selection.choose(geometry, direction, geometry.data_format, "cpu", "tune", precision)
-    found = selection.algorithms(geometry, direction=direction, precision=precision)
+    selection.choose(geometry, direction, geometry.data_format, device, "tune", precision)
+    found = selection.algorithms(geometry, device, direction=direction, precision=precision)
     supported = [c for c in found if c.supported and c.seconds is not None]
     predicted = min(supported, key=lambda c: c.seconds or 0.0)
     (chosen,) = (c for c in found if c.chosen)

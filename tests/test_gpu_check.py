@@ -314,7 +314,6 @@ def test_a_device_that_faults_ends_the_process(stand_in, monkeypatch, capfd):
 def test_public_operations_are_compared_with_the_oracle(monkeypatch):
     module = gpu.Cupy()
     driver = gpu.Driver(module.memory)
-    module.asnumpy = lambda array: array.host
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(run, "compile_kernel", driver.compile)

@@ -18,8 +18,6 @@ def timed(
     choices: Collection[Any], direction: str, operands: Mapping[str, np.ndarray]
 ) -> dict[str, Callable[[], float]]:
     """Return for each choice of an algorithm a function that computes, waits, and returns the seconds it took."""
-    # The error for a machine without a GPU.
-    launch.driver()
     library = arrays.gpu_library()
     with library.current():
         given = {name: library.adopt(name, library.from_host(array)) for name, array in operands.items()}
