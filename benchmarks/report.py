@@ -244,6 +244,8 @@ def machine() -> dict[str, Any]:
         "threads": found["threads"]["per_call"],
         "threading_layer": found["threads"]["layer"],
         "torch_threads": None if torch is None else torch.get_num_threads(),
+        "gpus": [device["name"] for device in found["gpu"]["devices"]],
+        "driver": found["gpu"]["driver"],
         "platform": found["platform"],
         "blas": [f"{library['internal_api']} {library['version']}" for library in found["blas"]],
         "versions": {

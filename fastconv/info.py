@@ -27,7 +27,7 @@ from ._version import __version__
 from .errors import ArgumentError, ArgumentTypeError, DTypeError
 from .geometry import DATA_FORMATS, one_of
 
-# Distribution, and the extra that installs it; None for what every installation has.
+# Distribution, and the extra that installs it; None for what every installation has. "cuda" is one per CUDA version.
 LIBRARIES: dict[str, str | None] = {
     "numpy": None,
     "numba": None,
@@ -37,8 +37,8 @@ LIBRARIES: dict[str, str | None] = {
     "ml_dtypes": "bfloat16",
     "torch": "torch",
     "jax": "jax",
-    "cupy": "cuda12",
-    "numba-cuda": "cuda12",
+    "cupy": "cuda",
+    "numba-cuda": "cuda",
     "matplotlib": "report",
     "tqdm": "report",
 }
@@ -242,49 +242,93 @@ def _blas() -> list[dict[str, Any]]:
 
 
 def _gpu() -> dict[str, Any]:
+    """What there is to run CUDA kernels on and to compile them with; `extra` is the one that fits, "" if none does."""
     from .cuda import toolchain
 
-    devices, problem = _cuda_devices()
-    tools = toolchain.installed()
+    devices, driver, problem = _cuda_devices()
+    tools, cuda = toolchain.installed(), driver["cuda"] if driver else None
+    compiler = {"versions": tools, "problem": toolchain.problem(tools) or _misfit(tools, cuda)}
+    kernels = [device for device in devices if device["architecture"]]
     missing = [name for name in ("cupy", "numba-cuda") if _version(name) is None]
-    reasons = ["the CUDA kernels have run in an emulator only"]
-    if problem:
-        reasons.append(problem)
-    if missing:
-        reasons.append(f"{' and '.join(missing)} not installed (pip install 'fastconv[cuda12]' or 'fastconv[cuda13]')")
-    compiler = {"versions": tools, "problem": toolchain.problem(tools)}
-    usable = bool(devices) and not compiler["problem"]
-    return {"in_use": usable, "devices": devices, "compiler": compiler, "why": "; ".join(reasons)}
+    extra = _cuda_extra(cuda)
+    reasons = ["the CUDA kernels have run in an emulator only", *([problem] if problem else [])]
+    reasons += [f"no kernels for {d['name']} (capability {d['capability']})" for d in devices if d not in kernels]
+    if kernels and missing:
+        reasons.append(f"{' and '.join(missing)} not installed{_hint(extra)}")
+    return {
+        "in_use": bool(kernels) and not compiler["problem"],
+        "devices": devices, "driver": driver, "extra": extra, "compiler": compiler, "why": "; ".join(reasons),
+    }  # fmt: skip
 
 
-def _cuda_devices() -> tuple[list[str], str]:
-    """Names of the GPUs that NVIDIA's driver shows, or why there are none.
+def _cuda_extra(cuda: str | None) -> str:
+    """The extra whose machine code the driver takes; without a driver the newest, which compiles and explains."""
+    if sys.platform == "darwin":
+        return ""
+    major = 13 if cuda is None else int(cuda.partition(".")[0])
+    return f"cuda{min(major, 13)}" if major >= 12 else ""
+
+
+def _misfit(tools: dict[str, str | None], cuda: str | None) -> str:
+    """Why machine code of this toolchain does not load, if its CUDA is newer than the driver's by a major number."""
+    made = tools["nvJitLink"]
+    if cuda is None or made is None or int(made.partition(".")[0]) <= int(cuda.partition(".")[0]):
+        return ""
+    return f"nvJitLink {made} makes code that a driver for CUDA {cuda} does not load{_hint(_cuda_extra(cuda))}"
+
+
+def _hint(extra: str | None) -> str:
+    return f" (pip install 'fastconv[{extra}]')" if extra else ""
+
+
+def _cuda_devices() -> tuple[list[dict[str, Any]], dict[str, str] | None, str]:
+    """The GPUs that NVIDIA's driver shows, its versions, and why there are none.
 
     By its management library: unlike the CUDA driver's own calls, that leaves a process free to fork.
     """
     try:
         nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
     except OSError:
-        return [], "no NVIDIA driver found"
+        return [], None, "no NVIDIA driver found"
     if status := nvml.nvmlInit_v2():
-        return [], f"the NVIDIA driver answers with error {status}"
+        return [], None, f"the NVIDIA driver answers with error {status}"
     try:
-        names = _device_names(nvml)
+        devices, driver = list(_devices(nvml)), _driver(nvml)
     finally:
         nvml.nvmlShutdown()
-    return names, "" if names else "the NVIDIA driver shows no GPU"
+    return devices, driver, "" if devices else "the NVIDIA driver shows no GPU"
 
 
-def _device_names(nvml: Any) -> list[str]:
-    count, device = ctypes.c_uint(0), ctypes.c_void_p()
-    name = ctypes.create_string_buffer(96)
-    names = []
+def _devices(nvml: Any) -> Iterator[dict[str, Any]]:
+    from .cuda.architecture import on_capability
+
+    count, device, name = ctypes.c_uint(0), ctypes.c_void_p(), ctypes.create_string_buffer(96)
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
     for index in range(count.value):
         nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-        if nvml.nvmlDeviceGetName(device, name, len(name)) == 0:
-            names.append(name.value.decode(errors="replace"))
-    return names
+        if nvml.nvmlDeviceGetName(device, name, len(name)):
+            continue
+        # Bytes in all, free and used.
+        memory, major, minor = (ctypes.c_ulonglong * 3)(), ctypes.c_int(0), ctypes.c_int(0)
+        nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        yield {
+            "name": name.value.decode(errors="replace"),
+            "memory_bytes": memory[0],
+            "capability": f"{major.value}.{minor.value}",
+            "architecture": on_capability(10 * major.value + minor.value),
+        }
+
+
+def _driver(nvml: Any) -> dict[str, str]:
+    """Version of the driver, and the newest CUDA that it knows."""
+    version, cuda = ctypes.create_string_buffer(80), ctypes.c_int(0)
+    nvml.nvmlSystemGetDriverVersion(version, len(version))
+    nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda))
+    return {
+        "version": version.value.decode(errors="replace"),
+        "cuda": f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
+    }
 
 
 def _cache() -> dict[str, Any]:
@@ -351,7 +395,7 @@ def render(found: dict[str, Any]) -> str:
     """Return the report of :func:`collect` as text."""
     sections = {
         "fastconv": [("version", found["fastconv"]), ("python", f"{found['python']}, {found['platform']}")],
-        "libraries": [(name, version or _absence(name)) for name, version in found["versions"].items()],
+        "libraries": [(name, version or _absence(name, found["gpu"])) for name, version in found["versions"].items()],
         "CPU": _cpu_lines(found["cpu"]),
         "threads": _thread_lines(found["threads"], found["blas"]),
         "GPU": _gpu_lines(found["gpu"]),
@@ -365,20 +409,32 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "off, and why", *(f"  - {note}" for note in found["off"])])
 
 
-def _absence(name: str) -> str:
-    return f"not installed (pip install 'fastconv[{LIBRARIES[name]}]')"
+def _absence(name: str, gpu: dict[str, Any]) -> str:
+    """Without a GPU CuPy serves nothing; numba-cuda compiles kernels for `explain` all the same."""
+    extra = LIBRARIES[name]
+    if extra == "cuda":
+        extra = gpu["extra"] if gpu["devices"] or name != "cupy" else ""
+    return f"not installed{_hint(extra)}"
 
 
 def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
     """What compiles kernels needs no GPU: it is shown beside the devices."""
     versions, problem = gpu["compiler"]["versions"], gpu["compiler"]["problem"]
     names = [f"{name} {version or 'not found as a distribution'}" for name, version in versions.items()]
+    devices, driver = gpu["devices"], gpu["driver"]
     return [
         ("in use", "by operations on its arrays" if gpu["in_use"] else "no"),
-        ("devices", ", ".join(gpu["devices"]) or "none"),
+        *(("device", _device_line(device)) for device in devices),
+        *([] if devices else [("devices", "none")]),
+        ("driver", f"{driver['version']}, for CUDA up to {driver['cuda']}" if driver else "none"),
         ("toolchain", ", ".join(names)),
         ("kernels", problem or "can be compiled"),
     ]
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    kernels = device["architecture"] or "no kernels"
+    return f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, capability {device['capability']} ({kernels})"
 
 
 def _cpu_lines(cpu: dict[str, Any]) -> list[tuple[str, str]]:

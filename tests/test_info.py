@@ -50,11 +50,21 @@ def test_options_say_where_they_come_from(monkeypatch):
 
 def test_what_is_missing_says_what_installs_it(monkeypatch):
     version = info._version
-    monkeypatch.setattr(info, "_version", lambda name: None if name in ("scipy", "cupy") else version(name))
+    monkeypatch.setattr(
+        info, "_version", lambda name: None if name in ("scipy", "cupy", "numba-cuda") else version(name)
+    )
+    monkeypatch.setattr(info, "_cuda_devices", lambda: ([], None, "no NVIDIA driver found"))
     found = info.collect()
     assert "scipy is not installed: algorithm 'fft' is off (pip install 'fastconv[fft]')" in found["off"]
-    assert "fastconv[cuda12]" in found["gpu"]["why"]
-    assert "not installed (pip install 'fastconv[fft]')" in info.render(found)
+    assert "pip" not in found["gpu"]["why"]
+    text = info.render(found)
+    assert "not installed (pip install 'fastconv[fft]')" in text
+    # numba-cuda lets `explain` compile without a GPU, CuPy does nothing without one.
+    assert "  numba-cuda      not installed (pip install 'fastconv[cuda13]')\n" in text
+    assert "  cupy            not installed\n" in text
+    assert "  driver          none\n" in text
+    monkeypatch.setattr(info.sys, "platform", "darwin")
+    assert "fastconv[cuda" not in info.render(info.collect())
 
 
 def test_a_cache_that_cannot_be_written_is_explained(monkeypatch):
@@ -128,8 +138,8 @@ def test_warmup_refuses_what_it_does_not_know(arguments, error, message):
 class Nvml:
     """NVIDIA's management library as it is called here, with two GPUs."""
 
-    def __init__(self, status: int = 0) -> None:
-        self.status, self.closed = status, False
+    def __init__(self, status: int = 0, cuda: int = 13000) -> None:
+        self.status, self.cuda, self.closed = status, cuda, False
 
     def nvmlInit_v2(self) -> int:
         return self.status
@@ -147,6 +157,19 @@ class Nvml:
         name.value = f"GPU {device.value - 100}".encode()
         return 0
 
+    def nvmlDeviceGetMemoryInfo(self, device: Any, memory: Any) -> None:
+        memory._obj[0] = (device.value - 60) << 30
+
+    def nvmlDeviceGetCudaComputeCapability(self, device: Any, major: Any, minor: Any) -> None:
+        # The second is too old.
+        major._obj.value, minor._obj.value = (9, 0) if device.value == 100 else (6, 1)
+
+    def nvmlSystemGetDriverVersion(self, version: Any, size: int) -> None:
+        version.value = b"580.95.05"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self, cuda: Any) -> None:
+        cuda._obj.value = self.cuda
+
 
 def test_the_cuda_toolchain_is_shown_and_what_does_not_fit_explained(monkeypatch):
     from fastconv.cuda import toolchain
@@ -159,10 +182,36 @@ def test_the_cuda_toolchain_is_shown_and_what_does_not_fit_explained(monkeypatch
     assert "nvJitLink 13.0.88 cannot read the code of libnvvm 13.4.1" in info.render(info.collect())
 
 
-def test_gpus_are_named_or_their_absence_explained(monkeypatch):
+def test_gpus_are_shown_or_their_absence_explained(monkeypatch):
     nvml = Nvml()
     monkeypatch.setattr(info.ctypes, "CDLL", lambda name: nvml)
-    assert info._cuda_devices() == (["GPU 0", "GPU 1"], "")
+    version = info._version
+    monkeypatch.setattr(info, "_version", lambda name: None if name == "cupy" else version(name))
+    found = info.collect()["gpu"]
     assert nvml.closed
+    assert found["devices"] == [
+        {"name": "GPU 0", "memory_bytes": 40 << 30, "capability": "9.0", "architecture": "sm_90a"},
+        {"name": "GPU 1", "memory_bytes": 41 << 30, "capability": "6.1", "architecture": None},
+    ]
+    assert (found["driver"], found["in_use"]) == ({"version": "580.95.05", "cuda": "13.0"}, True)
+    assert "no kernels for GPU 1 (capability 6.1); cupy not installed (pip install 'fastconv[cuda13]')" in found["why"]
+    text = info.render(info.collect())
+    assert "  device          GPU 0, 40 GiB, capability 9.0 (sm_90a)\n" in text
+    assert "  driver          580.95.05, for CUDA up to 13.0\n" in text
     monkeypatch.setattr(info.ctypes, "CDLL", lambda name: Nvml(status=9))
-    assert info._cuda_devices() == ([], "the NVIDIA driver answers with error 9")
+    assert info._cuda_devices() == ([], None, "the NVIDIA driver answers with error 9")
+
+
+def test_a_driver_older_than_the_toolchain_is_explained(monkeypatch):
+    from fastconv.cuda import toolchain
+
+    there = {**toolchain.installed(), "libnvvm": "13.0.88", "nvJitLink": "13.0.88"}
+    monkeypatch.setattr(toolchain, "installed", lambda: there)
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda name: Nvml(cuda=12080))
+    found = info.collect()["gpu"]
+    assert not found["in_use"]
+    assert found["compiler"]["problem"] == (
+        "nvJitLink 13.0.88 makes code that a driver for CUDA 12.8 does not load (pip install 'fastconv[cuda12]')"
+    )
+    assert info._cuda_extra("11.8") == ""
+    assert info._cuda_extra("14.0") == "cuda13"

@@ -93,3 +93,8 @@ ARCHITECTURES = {
 }
 # Those that budgets on machine code are kept for.
 TESTED = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+
+
+def on_capability(capability: int) -> str | None:
+    """Return the architecture to compile for on a GPU of ten times this compute capability; None if there is none."""
+    return next((name for name in (f"sm_{capability}a", f"sm_{capability}") if name in ARCHITECTURES), None)

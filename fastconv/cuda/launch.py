@@ -15,7 +15,7 @@ import numpy as np
 from .. import arrays
 from ..errors import ArgumentError, ArgumentTypeError, MissingDependencyError, UnsupportedError
 from . import toolchain
-from .architecture import Architecture
+from .architecture import Architecture, on_capability
 from .compile import CompiledKernel
 
 # Dynamic shared memory of a block that needs no opting in.
@@ -186,10 +186,10 @@ def architecture(using: Any = None) -> str:
     """Return the architecture to compile for on the current device."""
     using = using or driver()
     capability = using.capability(using.device())
-    fitting = [a for a in (f"sm_{capability}a", f"sm_{capability}") if _known(a)]
-    if not fitting:
+    found = on_capability(capability)
+    if found is None:
         raise UnsupportedError(f"there are no kernels for GPUs of compute capability {capability / 10}")
-    return fitting[0]
+    return found
 
 
 def model(name: str) -> str:
@@ -199,11 +199,3 @@ def model(name: str) -> str:
         return using.name(using.device()) if architecture(using) == name else ""
     except (MissingDependencyError, UnsupportedError):
         return ""
-
-
-def _known(name: str) -> bool:
-    try:
-        Architecture.named(name)
-    except ArgumentError:
-        return False
-    return True
