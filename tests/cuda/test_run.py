@@ -426,6 +426,7 @@ def test_tensors_on_a_gpu_are_adopted():
     assert held.is_contiguous
     assert not held.moved(1, -1).is_contiguous
     assert held.moved(1, -1).shape == (1, 3, 4, 2)
+    assert np.array_equal(library.to_host(held.held), np.arange(24.0).reshape(1, 2, 3, 4))
     with pytest.raises(fastconv.ArgumentTypeError, match="x is a tensor that requires grad"):
         library.adopt("x", torch.zeros(3, requires_grad=True))
     with pytest.raises(fastconv.UnsupportedError, match="x is a tensor on meta"):
