@@ -23,6 +23,8 @@ CHAIN = 512
 LEAST = 8
 # Blocks to cut a sum for: eight for each of 132 multiprocessors.
 ENOUGH_BLOCKS = 1056
+# The most shares: blocks of a grid's second dimension. Beyond them running sums grow longer.
+MOST_SHARES = 65535
 
 
 def shares(pixels: int, blocks: int, down: int) -> tuple[int, int]:
@@ -31,7 +33,7 @@ def shares(pixels: int, blocks: int, down: int) -> tuple[int, int]:
     There are enough shares to fill a GPU and to keep running sums short.
     """
     wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)), 1)
-    share = max(-(-pixels // wanted), 1)
+    share = max(-(-pixels // min(wanted, MOST_SHARES)), 1)
     return max(-(-pixels // share), 1), share
 
 
@@ -53,16 +55,19 @@ def tree(wide: bool, across: int, down: int) -> Any:
 
 @lru_cache(maxsize=16)
 def add_parts(element: Element, wide: bool) -> Any:
-    """Return the kernel that adds up (count, total) sums in order, one result a thread."""
+    """Return the kernel that adds up (count, total) sums in order and in chains, one result a thread."""
     index, sums, narrow = index_type(wide), element.sums, element.narrow
 
     def sums_add_parts(parts, out, total, count):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             result, at = sums(0), number
-            for _ in range(count):
-                result += parts[at]
-                at = index(at + total)
+            for first in range(index(0), count, CHAIN):
+                chain = sums(0)
+                for _ in range(first, min(index(first + CHAIN), count)):
+                    chain += parts[at]
+                    at = index(at + total)
+                result += chain
             out[number] = narrow(result)
 
     sums_add_parts.__name__ = f"sums_add_parts_{element.name}_{64 if wide else 32}"
