@@ -559,7 +559,7 @@ class _Machine:
             return bool(value)
         if isinstance(value, (int, np.integer)):
             return int(value)
-        return np.float32(value) if isinstance(value, float) else value
+        return np.float32(value) if type(value) is float else value
 
     def _run_block(self, place: _Index, arguments: list[Any]) -> None:
         self.blockIdx, self.used, self.static_bytes, self.dynamic_place = place, 0, 0, None

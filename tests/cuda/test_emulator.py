@@ -32,6 +32,15 @@ def test_vectors_are_added(n):
     assert (out == x + y).all()
 
 
+def test_numbers_keep_their_precision():
+    def store(out, number):
+        out[0] = number
+
+    out, third = np.zeros(1), np.float64(1) / 3
+    emulate(store, 1, 1, out, third)
+    assert out[0] == third
+
+
 @pytest.mark.parametrize("seed", [None, 1, 2])
 @pytest.mark.parametrize("n", [68, 130])
 def test_a_stencil_goes_through_shared_memory(n, seed):
