@@ -450,7 +450,7 @@ def _correlation(g: ConvGeometry, aligned: bool, threads: int) -> tuple[Lot, int
 
 def _correlate_steps(g: ConvGeometry, aligned: bool, threads: int) -> list[Step]:
     lot, parts, share, blocks = _correlation(g, aligned, threads)
-    element, wide = Element.of(g.dtype), _wide(g)
+    element, wide = Element.of(g.dtype), _wide(g) or needs_wide((parts + 1, math.prod(g.weight_shape)))
     index = index_type(wide)
     O, P, Q = g.output_size
     T, R, S = g.kernel_size

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import roofline, toolchain
+from . import indices, roofline, toolchain
 from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
 from .indices import digits, divided, index_type, quotient, step
@@ -303,10 +303,10 @@ def _gather_step(g: ConvGeometry, direction: str, code: int, bias: bool, threads
 
 
 def _correlate_steps(g: ConvGeometry, threads: int) -> list[Step]:
-    element, wide = Element.of(g.dtype), needs_wide(g)
     own, pixels = _tile(g, threads)
     cut, share = _shares(g, threads)
     total = math.prod(g.weight_shape)
+    element, wide = Element.of(g.dtype), needs_wide(g) or indices.needs_wide((cut + 1, total))
     sizes = (
         total, share, _pixels(g), g.in_channels, *g.input_size, g.out_channels, *g.kernel_size, *g.output_size,
         g.out_channels // g.groups, g.in_channels // g.groups, *g.stride, *_before(g), *g.dilation,

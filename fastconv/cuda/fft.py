@@ -16,6 +16,7 @@ of a plane. The kernels have run in the emulator with NumPy's transforms between
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -285,14 +286,9 @@ def lengths(g: ConvGeometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _fast_length(least: int) -> int:
     """Return the next number without prime factors over 7: those that cuFFT has kernels for."""
-    for length in range(least, 2 * least):
-        rest = length
-        for factor in (2, 3, 5, 7):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return length
-    return least
+    powers = [[prime**i for i in range(int(math.log(least, prime)) + 2)] for prime in (3, 5, 7)]
+    odd = map(math.prod, itertools.product(*powers))
+    return min(number << (-(-least // number) - 1).bit_length() for number in odd)
 
 
 @lru_cache(maxsize=1024)

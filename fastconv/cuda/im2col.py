@@ -343,7 +343,7 @@ class _Launches:
         at_once = block.pixels * block.chains * self.G
         self.wide = needs_wide(
             g.x_shape, g.output_shape, g.weight_shape, at_once * self.depth, at_once * self.K,
-            block.chains * math.prod(g.weight_shape),
+            block.chains * math.prod(g.weight_shape), *g.padded_size,
         )  # fmt: skip
 
     def forward(self, bias: bool, code: int) -> list[Step | Call]:

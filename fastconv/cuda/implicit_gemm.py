@@ -55,6 +55,8 @@ def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
     lines = max(g.in_channels * math.prod(g.kernel_size), g.out_channels) // g.groups
     if g.groups > MOST_BLOCKS or _up(lines, 32) // 32 > MOST_BLOCKS:
         return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups and {lines} filters"
+    if max(math.prod(g.output_size), *g.padded_size) >= 2**31:
+        return False, f"its kernels count the pixels of an image in 32 bits; it is {g.padded_size} with padding"
     return True, ""
 
 

@@ -70,6 +70,11 @@ class TensorCore:
         lines = max(g.in_channels, g.out_channels) // g.groups
         if g.groups > MOST_BLOCKS or -(-lines // 16) > MOST_BLOCKS:
             return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups and {lines} filters"
+        taps = math.prod(g.kernel_size)
+        if direction == "weight_grad" and taps * _up(g.in_channels // g.groups, 8) // 64 >= MOST_BLOCKS:
+            return False, f"a grid has {MOST_BLOCKS} blocks across; there are {taps} taps"
+        if max(g.padded_size) >= 2**31:
+            return False, f"its kernels have places in 32 bits; the image is {g.padded_size} with padding"
         return True, ""
 
     def seconds(self, geometry: ConvGeometry, direction: str, architecture: str) -> float:
