@@ -31,7 +31,7 @@ MODE = os.environ.get("FASTCONV_TEST_GPU", "")
 # The architecture that a dry run compiles for.
 ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
 # Tests of the tools: mistakes planted on purpose, machine code, a driver that is none.
-NOT_FOR_GPUS = ["test_compare.py", "test_cubins.py", "test_emulator.py", "test_launch.py"]
+NOT_FOR_GPUS = ["test_compare.py", "test_cubins.py", "test_emulator.py", "test_launch.py", "test_limits.py"]
 # Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run.
 _NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass"}
 # Seconds after which a kernel of a test is taken for one that never ends.
