@@ -15,6 +15,7 @@ here has run on a GPU.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from . import ptx, toolchain
@@ -197,6 +198,7 @@ def multiply(tile: Tile, rows_first: bool, pad: int) -> Any:
 # --- the weight and the table of taps --------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
     """Return the kernel that puts a phase's weight in the order tiles read it, and tabulates its taps and channels.
 
@@ -250,6 +252,7 @@ def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
 # --- forward and input gradient --------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def gather(
     tile: Tile, channels_last: bool, run: int, vector_out: bool, asynchronous: bool, wide: bool, adds: bool,
     bias_: bool, code: int,
@@ -465,6 +468,7 @@ def gather(
 # --- weight gradient -------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
     """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x, outside beyond the last."""
     index, divided, _ = width(wide)
@@ -493,6 +497,7 @@ def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
 PAD = 4
 
 
+@lru_cache(maxsize=256)
 def weight_gradient(
     tile: Tile, channels_last: bool, filter_run: int, channel_run: int, asynchronous: bool, wide: bool, adds: bool
 ) -> Any:
@@ -628,6 +633,7 @@ def weight_gradient(
     return kernel
 
 
+@lru_cache(maxsize=256)
 def add_parts(wide: bool) -> Any:
     """Return the kernel that adds the parts (splits, K, taps, C // groups), in order, into (K, C // groups, taps)."""
     index, divided, _ = width(wide)

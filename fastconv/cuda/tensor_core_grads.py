@@ -11,6 +11,7 @@ sums of float32 products, what is not finite.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from . import ptx, toolchain
@@ -105,6 +106,7 @@ def buffer_words(tile: Tile, units: Units) -> tuple[int, int]:
     return pixels * 4 * tile.rows // units.chunk, pixels * 4 * (tile.rows + tile.columns) // units.chunk
 
 
+@lru_cache(maxsize=256)
 def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks).
 
@@ -213,6 +215,7 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     return kernel
 
 
+@lru_cache(maxsize=256)
 def add(element: Element, chunk: int, channels_last: bool, wide: bool) -> Any:
     """Return the kernel that adds up the parts, in order, into (K, C // G, taps): one element a thread."""
     index, divided, _ = width(wide)

@@ -16,6 +16,7 @@ A sum that is not finite is written as NaN, and the flag of its warp set: `tenso
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from . import ptx, toolchain
@@ -286,6 +287,7 @@ def buffer_words(tile: Tile, units: Units, channels_last: bool) -> tuple[int, in
     return row_planes * tile.rows * pitch, (row_planes * tile.rows + column_planes * tile.columns) * pitch
 
 
+@lru_cache(maxsize=256)
 def gather(
     tile: Tile, units: Units, element: Element, channels_last: bool, together: int, wide: bool, bias_: bool, code: int
 ) -> Any:

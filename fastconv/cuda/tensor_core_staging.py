@@ -10,6 +10,7 @@ of float32 products in which the padding does not take part.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from . import ptx, toolchain
@@ -24,6 +25,7 @@ cuda = toolchain.import_cuda()
 from numba.cuda.types import float32, int32, uint32  # noqa: E402
 
 
+@lru_cache(maxsize=256)
 def pack(tile: Tile, units: Units, element: Element, channels_last: bool, wide: bool) -> Any:
     """Return the kernel that packs a phase's weight and tabulates its taps.
 
@@ -79,6 +81,7 @@ def pack(tile: Tile, units: Units, element: Element, channels_last: bool, wide: 
     return tensor_core_pack
 
 
+@lru_cache(maxsize=256)
 def stage(units: Units, element: Element, channels_last: bool, together: bool, wide: bool) -> Any:
     """Return the kernel that brings pixels into planes (planes, N, pixels, G, chunks), one chunk a thread.
 
@@ -122,6 +125,7 @@ def stage(units: Units, element: Element, channels_last: bool, together: bool, w
     return tensor_core_stage
 
 
+@lru_cache(maxsize=256)
 def mend(tile: Tile, element: Element, channels_last: bool, wide: bool, bias_: bool, code: int) -> Any:
     """Return the kernel that computes a phase's results again where they are NaN.
 

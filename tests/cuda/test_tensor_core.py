@@ -120,6 +120,15 @@ def test_warpgroups_are_exact_on_whole_numbers(data_format, dtype, direction):
     assert np.array_equal(got, expected(problem, direction))
 
 
+@pytest.fixture
+def made_anew():
+    """Kernels of mistaken parts are not kept."""
+    tensor_core_kernels.gather.cache_clear()
+    yield
+    tensor_core_kernels.gather.cache_clear()
+
+
+@pytest.mark.usefixtures("made_anew")
 def test_warpgroups_whose_copies_are_not_fenced_are_found_out(monkeypatch):
     monkeypatch.setattr(tensor_core_kernels.ptx, "fence_async", ptx.copy_commit)
     problem = conv_problem(CASES[0], np.float16, whole)
@@ -127,6 +136,7 @@ def test_warpgroups_whose_copies_are_not_fenced_are_found_out(monkeypatch):
         compute(MMA, problem, "forward", "channels_last", WARPGROUP)
 
 
+@pytest.mark.usefixtures("made_anew")
 def test_warpgroups_whose_sums_are_not_waited_for_are_found_out(monkeypatch):
     begin = tensor_core_kernels.warpgroup_product(WARPGROUP, MMA.units["float16"])[0]
     monkeypatch.setattr(
