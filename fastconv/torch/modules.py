@@ -176,8 +176,9 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
     how, done = _checked(algorithm, precision), Conversion()
     for name, module in model.named_modules():
         kind = type(module)
-        refusal = _refusal(module, **how)
-        if (kind in _SWAPS or kind in _BACK) and refusal:
+        # Of others no attribute is read: to compute a parametrised weight may change the module.
+        refusal = _refusal(module, **how) if kind in _SWAPS or kind in _BACK else ""
+        if refusal:
             done.left.append((name, kind.__name__, refusal))
         elif kind in _SWAPS or kind in _BACK:
             module.__class__ = _SWAPS.get(kind, kind)
