@@ -49,6 +49,16 @@ def test_modules_are_pytorchs_with_its_values_and_gradients(name):
         torch.testing.assert_close(a, b)
 
 
+def test_arguments_have_pytorchs_names():
+    x = image(1, 2, 6, 6)
+    y, where = nn.MaxPool2d(2, return_indices=True)(x)
+    for layer in (nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3), nn.MaxPool2d(2), nn.AvgPool2d(2)):
+        wanted = layer(input=x)
+        ft.convert(layer)
+        torch.testing.assert_close(layer(input=x), wanted)
+    assert torch.equal(ft.MaxUnpool2d(2)(input=y, indices=where), nn.MaxUnpool2d(2)(y, where))
+
+
 def test_initial_values_are_pytorchs():
     for home in (nn, ft):
         torch.manual_seed(3)
