@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import conv_arguments, normal, op, pool_arguments, run_python
+from torch.autograd import forward_ad
 
 import fastconv
 import fastconv.torch as ft
@@ -420,6 +421,44 @@ def test_forward_mode_is_refused():
     x, w = torch.ones(1, 3, 6, 6), torch.ones(4, 3, 3, 3)
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: ft.conv2d(x, w), (x,), (x,))
+
+
+@pytest.mark.parametrize("function", [lambda x: ft.conv2d(x, torch.ones(4, 3, 3, 3)), lambda x: ft.avg_pool2d(x, 2)])
+def test_forward_mode_is_refused_where_no_gradient_is_wanted(function):
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.ones(1, 3, 6, 6), torch.ones(1, 3, 6, 6))
+        with pytest.raises(RuntimeError, match="jvp"):
+            function(x)
+
+
+def test_many_gradients_at_once():
+    shapes = (1, 3, 6, 6), (4, 3, 3, 3), (3, 1, 4, 2, 2)
+    x, w, grads = (torch.from_numpy(normal("many gradients", i, shape=shape)) for i, shape in enumerate(shapes))
+    x.requires_grad_()
+    y = ft.max_pool2d(ft.conv2d(x, w), 2)
+    (found,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    for one, grad in zip(found, grads):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+def test_vmap_over_nothing():
+    assert torch.func.vmap(lambda x: ft.conv2d(x, torch.ones(4, 3, 3, 3)))(torch.ones(0, 2, 3, 6, 6)).shape == (
+        0, 2, 4, 4, 4,
+    )  # fmt: skip
+
+
+def test_results_are_on_the_cpu_whatever_the_default_device():
+    x, w = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((1, 1, 4, 4), (1, 1, 3, 3)))
+    with torch.device("meta"):
+        assert ft.conv2d(x, w).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: x.to(torch.complex64).conj(), lambda x: x.to_mkldnn()], ids=["conjugate", "mkldnn"]
+)
+def test_tensors_that_no_array_can_show_are_refused(make):
+    with pytest.raises(fastconv.UnsupportedError, match="no array over its memory"):
+        ft.max_pool2d(make(torch.ones(1, 2, 4, 4)), 2)
 
 
 def test_without_pytorch_the_extra_is_named():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from support import normal
 from torch import nn
+from torch.autograd import forward_ad
 
 import fastconv
 import fastconv.torch as ft
@@ -46,6 +47,16 @@ def test_modules_are_pytorchs_with_its_values_and_gradients(name):
     grads = [torch.autograd.grad(y.sin().sum(), [x, *m.parameters()]) for y, m in ((found, ours), (wanted, theirs))]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
+
+
+def test_arguments_have_pytorchs_names():
+    x = image(1, 2, 6, 6)
+    y, where = nn.MaxPool2d(2, return_indices=True)(x)
+    for layer in (nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3), nn.MaxPool2d(2), nn.AvgPool2d(2)):
+        wanted = layer(input=x)
+        ft.convert(layer)
+        torch.testing.assert_close(layer(input=x), wanted)
+    assert torch.equal(ft.MaxUnpool2d(2)(input=y, indices=where), nn.MaxUnpool2d(2)(y, where))
 
 
 def test_initial_values_are_pytorchs():
@@ -183,6 +194,71 @@ def test_what_is_unsupported_falls_through_and_is_counted():
     assert sum(found.left.values()) == 4
     for reason in ("tiles need stride 1", "complex64", "leaves out the absolute value", "channels"):
         assert reason in found.report()
+
+
+# PyTorch's own, of its quantised tensors.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensors_of_other_kinds_fall_through():
+    x, w = image(1, 2, 8, 8), image(3, 2, 3, 3)
+    quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
+    both = torch.complex(x, x).conj(), torch.complex(w, w)
+    calls = {
+        "conjugate": lambda: F.conv2d(*both),
+        "mkldnn": lambda: F.conv2d(x.to_mkldnn(), w).to_dense(),
+        "quantised": lambda: F.max_pool2d(quantised, 2).dequantize(),
+        "meta": lambda: torch.empty(F.conv2d(x.to("meta"), w.to("meta")).shape).zero_(),
+        "8 bits": lambda: F.conv2d(x.to(torch.int8), w.to(torch.int8)),
+    }
+    for name, call in calls.items():
+        with ft.enabled() as found:
+            result = call()
+        assert not found.routed, name
+        torch.testing.assert_close(result, call())
+
+
+# PyTorch's own, from the bottom of `torch.func.jvp`.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_forward_mode_falls_through():
+    x, w = image(1, 2, 8, 8), image(3, 2, 3, 3)
+
+    def function(x):
+        return F.avg_pool2d(F.conv2d(x, w), 2).pow(3)
+
+    def dual():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
+
+    for call in (dual, lambda: torch.func.jvp(function, (x,), (x,)), lambda: torch.func.hessian(function)(x[..., :4])):
+        with ft.enabled() as found:
+            result = call()
+        torch.testing.assert_close(result, call())
+        assert "no forward-mode derivatives" in found.report()
+
+
+def test_what_autocast_computes_in_float32_stays_so():
+    x = image(1, 2, 4, 4, 4).bfloat16()
+    y, where = F.max_pool2d(x[0].float(), 2, return_indices=True)
+    y = y.bfloat16()
+    with ft.enabled() as found, torch.autocast("cpu", torch.bfloat16):
+        for result in (F.max_pool3d(x, 2), F.adaptive_avg_pool3d(x, 1), F.max_unpool2d(y, where, 2)):
+            assert result.dtype is torch.float32
+        assert F.max_pool2d(x[0], 2).dtype is torch.bfloat16
+    assert dict(found.routed) == {"max_pool2d": 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_traced_models_compute_the_same():
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)), image(2, 1, 12, 12)
+    wanted = model(x)
+    ft.convert(model)
+    torch.testing.assert_close(torch.jit.trace(model, torch.ones(2, 1, 12, 12))(x), wanted)
+
+
+def test_convert_changes_nothing_in_what_it_leaves():
+    model = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3))
+    before = copy.deepcopy(model.state_dict())
+    assert ft.convert(model).left
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
 def test_the_backward_pass_stays_fastconvs_outside_the_block():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..arrays import TorchArrays
-from ..errors import ArgumentTypeError, ShapeError
+from ..errors import ArgumentTypeError, ShapeError, UnsupportedError
 from ..geometry import DATA_FORMATS, one_of, padding_form, padding_word
 
 _LIBRARY = torch.library.Library("fastconv", "DEF")
@@ -82,9 +82,10 @@ class Operation:
             return self.operator(*tensors, *self.flatten(tensors, inputs[-1]))
         if torch._C._are_functorch_transforms_active():
             return self._transformed.apply(*inputs)
-        if not _PLAIN.issuperset(map(type, tensors)) or is_watched():
+        if not _PLAIN.issuperset(map(type, tensors)) or is_watched() or _are_batched(tensors):
             return self.operator(*_checked(tensors), *self.flatten(tensors, inputs[-1]))
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        # There is no forward mode, and `autograd.Function` says so.
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)) or in_forward_mode():
             return self._eager(*inputs)
         return self.compute(*inputs)
 
@@ -101,7 +102,8 @@ class Operation:
                 return (t if dims[i] is not None else t.expand(size, *t.shape)).flatten(0, 1)
 
             found = self(*(fold(i, t) for i, t in enumerate(front)), how)
-            split = _each(found, lambda t: t.unflatten(0, (size, t.shape[0] // size)))
+            batch = front[0].shape[0 if dims[0] is None else 1]
+            split = _each(found, lambda t: t.unflatten(0, (size, t.shape[0] // size if size else batch)))
         else:
             rows = [self(*(t if d is None else t[i] for t, d in zip(front, dims)), how) for i in range(size)]
             split = tuple(map(torch.stack, zip(*rows))) if isinstance(rows[0], tuple) else torch.stack(rows)
@@ -141,6 +143,18 @@ class Operation:
 def is_watched() -> bool:
     """Return True if a dispatch mode or `torch.jit.trace` wants to see each operator."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def in_forward_mode() -> bool:
+    """Return True inside `torch.func.jvp` and `torch.autograd.forward_ad.dual_level`."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def _are_batched(tensors: Sequence[Any]) -> bool:
+    """Return True in a backward pass of many gradients, `torch.autograd.grad(..., is_grads_batched=True)`."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def _set_up_nothing(ctx: Any, inputs: How, output: Any) -> None:
@@ -256,7 +270,7 @@ def to_tensor(result: Any) -> torch.Tensor:
     if result.dtype.kind != "V":
         return torch.from_numpy(result)
     words = torch.from_numpy(result.view(np.int16))
-    empty = torch.empty(0, dtype=torch.bfloat16)
+    empty = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     return empty.set_(words.untyped_storage(), words.storage_offset(), words.shape, words.stride())
 
 
@@ -284,7 +298,10 @@ def _array(tensor: torch.Tensor) -> Any:
         return tensor.detach()
     if tensor.dtype is torch.bfloat16 or tensor.is_neg():
         return TorchArrays.adopt("x", tensor.detach())
-    return tensor.numpy()
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedError(f"a tensor has no array over its memory: {error}") from None
 
 
 # --- arguments -------------------------------------------------------------------------------------------------

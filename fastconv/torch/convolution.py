@@ -45,7 +45,7 @@ _ACTIVATION_GRADS: dict[str, Callable[..., torch.Tensor]] = {
     "tanh": lambda grad, y: torch.ops.aten.tanh_backward(grad, y),
 }
 _NEEDS = {flags: tuple(n for n, f in zip(NEEDS, flags) if f) for flags in product((False, True), repeat=3)}
-_INTEGERS = (torch.int8, torch.uint8)
+INTEGERS = (torch.int8, torch.uint8)
 
 
 class _Kind:
@@ -154,7 +154,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         return from_image(y, last)
 
     def shapes(x: Any, weight: Any, bias: Any, how: How) -> torch.Tensor:
-        dtype = torch.int32 if x.dtype in _INTEGERS else x.dtype
+        dtype = torch.int32 if x.dtype in INTEGERS else x.dtype
         return empty_image(x, kind.output_shape(x, weight, how[1]), dtype)
 
     def flatten(tensors: Tensors, how: How) -> How:
@@ -342,7 +342,8 @@ def conv_transposeNd(
 def in_autocast(x: Any, weight: Any, bias: Any) -> How:
     """Return the tensors in autocast's type where that is on, as PyTorch does for its own convolutions."""
     device = "cpu" if checked_tensor(x).is_cpu else x.device.type
-    if not torch.is_autocast_enabled(device):
+    known = device == "cpu" or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
 

@@ -51,37 +51,39 @@ def _conv_forward(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     )  # fmt: skip
 
 
-def _transposed_forward(self: Any, x: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+def _transposed_forward(self: Any, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
     dims = self.weight.ndim - 2
     extra = self._output_padding(
-        x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
     )  # fmt: skip
     return convolution.conv_transposeNd(
-        dims, x, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation,
+        dims, input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation,
         algorithm=self.algorithm, precision=self.precision,
     )  # fmt: skip
 
 
-def _max_pool(dims: int, self: Any, x: torch.Tensor) -> Any:
+def _max_pool(dims: int, self: Any, input: torch.Tensor) -> Any:
     how = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
-    return pooling.max_poolNd(dims, x, *how)
+    return pooling.max_poolNd(dims, input, *how)
 
 
-def _avg_pool(dims: int, self: Any, x: torch.Tensor) -> torch.Tensor:
+def _avg_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
     how = self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad
-    return pooling.avg_poolNd(dims, x, *how, getattr(self, "divisor_override", None))
+    return pooling.avg_poolNd(dims, input, *how, getattr(self, "divisor_override", None))
 
 
-def _max_unpool(dims: int, self: Any, x: torch.Tensor, indices: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-    return pooling.max_unpoolNd(dims, x, indices, self.kernel_size, self.stride, self.padding, output_size)
+def _max_unpool(
+    dims: int, self: Any, input: torch.Tensor, indices: torch.Tensor, output_size: Any = None
+) -> torch.Tensor:
+    return pooling.max_unpoolNd(dims, input, indices, self.kernel_size, self.stride, self.padding, output_size)
 
 
-def _adaptive_avg_pool(dims: int, self: Any, x: torch.Tensor) -> torch.Tensor:
-    return pooling.adaptive_avg_poolNd(dims, x, self.output_size)
+def _adaptive_avg_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
+    return pooling.adaptive_avg_poolNd(dims, input, self.output_size)
 
 
-def _adaptive_max_pool(dims: int, self: Any, x: torch.Tensor) -> Any:
-    return pooling.adaptive_max_poolNd(dims, x, self.output_size, self.return_indices)
+def _adaptive_max_pool(dims: int, self: Any, input: torch.Tensor) -> Any:
+    return pooling.adaptive_max_poolNd(dims, input, self.output_size, self.return_indices)
 
 
 _POOLS = {
@@ -176,8 +178,9 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
     how, done = _checked(algorithm, precision), Conversion()
     for name, module in model.named_modules():
         kind = type(module)
-        refusal = _refusal(module, **how)
-        if (kind in _SWAPS or kind in _BACK) and refusal:
+        # Of others no attribute is read: to compute a parametrised weight may change the module.
+        refusal = _refusal(module, **how) if kind in _SWAPS or kind in _BACK else ""
+        if refusal:
             done.left.append((name, kind.__name__, refusal))
         elif kind in _SWAPS or kind in _BACK:
             module.__class__ = _SWAPS.get(kind, kind)

@@ -407,7 +407,9 @@ def max_poolNd(
 
 def _wants_gradient(x: Any) -> bool:
     """Return True if a gradient may be asked for: then the indices of the maxima are worth keeping."""
-    return torch.is_grad_enabled() and checked_tensor(x).requires_grad
+    # `torch.jit.trace` wants to find the same operators with gradients and without.
+    traced = torch._C._get_tracing_state() is not None
+    return torch.is_grad_enabled() and checked_tensor(x).requires_grad and not traced
 
 
 def adaptive_max_poolNd(

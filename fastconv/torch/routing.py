@@ -14,7 +14,7 @@ from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
 from ..geometry import ConvGeometry
 from . import convolution, pooling
-from ._operators import data_format_of, lies_last, to_array
+from ._operators import checked_tensor, data_format_of, in_forward_mode, lies_last, to_array
 
 
 class enabled(TorchFunctionMode):
@@ -62,6 +62,9 @@ class enabled(TorchFunctionMode):
             return function(*args, **kwargs)
         name, route = found
         try:
+            if in_forward_mode():
+                raise UnsupportedError("fastconv.torch has no forward-mode derivatives")
+            _check_autocast(name)
             result = route(self, *args, **kwargs)
         except FastconvError as error:
             # A wrong argument too: PyTorch says so in its own words.
@@ -90,6 +93,8 @@ def _conv(dims: int) -> Callable[..., Any]:
             shapes = tuple(input.shape), tuple(weight.shape)
             return ConvGeometry.create(*shapes, stride, padding, dilation, groups, dtype=dtype)
 
+        if checked_tensor(input).dtype in convolution.INTEGERS:
+            raise UnsupportedError(f"fastconv sums {input.dtype} in int32, and PyTorch does not")
         _check_gradients(mode, input, weight, geometry, ("input_grad", "weight_grad"))
         return convolution.convNd(
             dims, input, weight, bias, stride, padding, dilation, groups,
@@ -138,6 +143,12 @@ def _check_gradients(
             g = geometry(to_array(x.detach()[:0]).dtype)
             stored = data_format_of(x.ndim == weight.ndim and lies_last(x))
             selection.choose(g, direction, stored, "cpu", mode.algorithm, mode.precision)
+
+
+def _check_autocast(name: str) -> None:
+    """Refuse the pools that PyTorch's autocast computes in float32."""
+    if torch.is_autocast_enabled("cpu") and "pool" in name and ("3d" in name or "unpool" in name):
+        raise UnsupportedError("PyTorch's autocast computes it in float32")
 
 
 def _max_pool(dims: int) -> Callable[..., Any]:
