@@ -35,7 +35,7 @@ def compare_strategies() -> None:
         if candidate.supported:
             y = fastconv.conv2d(x, weight, padding=1, algorithm=candidate.name)
             error = fastconv.testing.rms_error(y, exact)
-            print(f"{candidate.name:>8}: RMS error against float64 {error:.1e}")
+            print(f"{candidate.name:>13}: RMS error against float64 {error:.1e}")
 
 
 def differentiate() -> None:

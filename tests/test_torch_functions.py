@@ -483,3 +483,10 @@ with event.install_recorder("numba:compile") as recorder:
 print(len(recorder.buffer))
 """
     assert run_python(script).strip() == "0"
+
+
+def test_results_of_one_dimension_are_contiguous_as_those_of_pytorch():
+    x, w = torch.rand(2, 9, 4).transpose(1, 2), torch.rand(3, 4, 3)
+    for y in (ft.conv1d(x, w), ft.conv_transpose1d(x, w.transpose(0, 1)), ft.max_pool1d(x, 2)):
+        assert y.is_contiguous()
+        y.view(2, -1)

@@ -124,7 +124,7 @@ def test_convert_leaves_what_the_algorithm_cannot_do():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).to("meta"))
     done = ft.convert(model, algorithm="winograd")
     assert [name for name, _ in done.swapped] == ["1"]
-    assert "tiles need stride 1" in done.left[0][2]
+    assert "tiles need stride 1, not 2" in done.left[0][2]
     assert "its weight is a tensor on meta; there are no kernels for it yet" in done.left[1][2]
 
 
@@ -177,6 +177,7 @@ def test_enabled_routes_functions_and_modules_and_counts():
         torch.testing.assert_close(result, wanted)
         assert dict(found.routed) == {name: 1}, name
         assert "fastconv" in found.report()
+        assert str(found) == found.report()
         if result.requires_grad:
             assert "Fastconv" in type(result.grad_fn).__name__
             torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), w)[0] for t in (result, wanted)))

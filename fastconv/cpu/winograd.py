@@ -109,7 +109,7 @@ class Winograd:
         if g.dtype.kind != "f":
             return False, f"transforms are floating-point, not {g.dtype}"
         if set(g.stride) != {1}:
-            return False, f"tiles need stride 1, not {g.stride}"
+            return False, f"tiles need stride 1, not {max(g.stride)}"
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
         p = problem(g, direction, self.m)

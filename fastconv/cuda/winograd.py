@@ -82,7 +82,7 @@ class Winograd:
         if g.dtype != np.float32:
             return False, f"the tiles are float32, not {g.dtype}"
         if set(g.stride) != {1}:
-            return False, f"tiles need stride 1, not {g.stride}"
+            return False, f"tiles need stride 1, not {max(g.stride)}"
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
         p = problem(g, direction, self.m)

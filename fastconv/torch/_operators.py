@@ -276,7 +276,8 @@ def to_tensor(result: Any) -> torch.Tensor:
 
 def lies_last(tensor: torch.Tensor) -> bool:
     """Return True for a channels-first tensor whose memory is channels-last, and cannot be read as channels-first."""
-    return not tensor.is_contiguous() and tensor.permute(_TO_LAST[tensor.ndim]).is_contiguous()
+    # PyTorch has no such format of one dimension: its results are contiguous there, which models rely on.
+    return tensor.ndim > 3 and not tensor.is_contiguous() and tensor.permute(_TO_LAST[tensor.ndim]).is_contiguous()
 
 
 def empty_image(like: torch.Tensor, shape: Sequence[Any], dtype: Any = None) -> torch.Tensor:

@@ -73,6 +73,9 @@ class enabled(TorchFunctionMode):
         self.routed[name] += 1
         return result
 
+    def __str__(self) -> str:
+        return self.report()
+
     def report(self) -> str:
         """Return a table of the calls: how many of each, and who computed them."""
         rows = [(name, count, "fastconv") for name, count in sorted(self.routed.items())]
