@@ -331,6 +331,6 @@ def test_the_table_shows_means_targets_and_every_layer_with_losses_in_bold():
     text = readme.panel(results, "panel-abacus.json")
     assert "| layer | forward | input_grad | weight_grad |" in text
     assert "| net layer | 2.00 |  | **0.50** |" in text
-    assert "- 1 losses at highest, in bold below" in text
+    assert "- 1 cells lost at highest, each level counted; in bold below" in text
     assert "- training mnist, highest: 128,000 images/s, PyTorch 64,000" in text
     assert "| training step | 1 | 2.00 | 1.6 | 2.00 |" in text

@@ -455,3 +455,12 @@ def test_a_network_trains_in_float32_within_rounding():
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     for name, grad in found[1].items():
         torch.testing.assert_close(grad, wanted[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_convert_returns_is_not_the_model():
+    done = ft.convert(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    with pytest.raises(
+        AttributeError, match="convert changes the model in place and returns what it did, which has no"
+    ):
+        done.parameters()
+    assert copy.deepcopy(done) == done

@@ -99,9 +99,7 @@ def import_cuda() -> Any:
     except ImportError:
         raise MissingDependencyError(f"CUDA kernels need numba-cuda: {INSTALL}") from None
     if getattr(cuda, "implementation", None) != "NVIDIA":
-        raise MissingDependencyError(
-            f"CUDA kernels need numba-cuda, not the deprecated CUDA target within Numba: {INSTALL}"
-        )
+        raise MissingDependencyError(f"kernels for a GPU are compiled by numba-cuda, which is not installed: {INSTALL}")
     _finish_import()
     return cuda
 

@@ -142,6 +142,9 @@ class Conversion:
     swapped: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str, str]] = field(default_factory=list)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"convert changes the model in place and returns what it did, which has no {name!r}")
+
     def __str__(self) -> str:
         lines = [f"{name}: {kind}, swapped" for name, kind in self.swapped]
         return "\n".join([*lines, *(f"{name}: {kind}, left: {reason}" for name, kind, reason in self.left)])
