@@ -236,7 +236,7 @@ def test_a_plot_is_a_png(capsys, tmp_path):
 
 def test_without_torch_there_are_times_but_no_ratios(capsys, monkeypatch):
     reason = "PyTorch is not installed (pip install 'fastconv[torch]')"
-    monkeypatch.setattr(providers, "torch_problem", lambda: reason)
+    monkeypatch.setattr(providers, "torch_problem", lambda *device: reason)
     status, out, _ = run(capsys, *TINY, "--direction", "forward")
     assert status == 0
     assert reason in out

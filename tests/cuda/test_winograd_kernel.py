@@ -159,7 +159,7 @@ def test_what_it_refuses_has_a_reason():
 
     small = (1, 4, 8, 8), (4, 4, 3, 3)
     assert refusal(winograd.F4, *small) == (True, "")
-    assert "stride 1, not (1, 2, 2)" in refusal(winograd.F4, *small, stride=2)[1]
+    assert "stride 1, not 2" in refusal(winograd.F4, *small, stride=2)[1]
     assert "one row or column" in refusal(winograd.F4, (1, 4, 8, 8), (4, 4, 1, 3))[1]
     assert "float32, not float64" in refusal(winograd.F2, *small, dtype="float64")[1]
     deep = (1, 1160, 8, 8), (4, 1160, 3, 3)
