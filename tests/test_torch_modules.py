@@ -332,8 +332,6 @@ class Convolved(torch.utils.data.Dataset):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 # After the parent's threads have started, which is what a training loop does; PyTorch warns of the very thing.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-# Where JAX has been imported, by other tests, it warns of every fork.
-@pytest.mark.filterwarnings("ignore:os.fork\\(\\) was called:RuntimeWarning")
 def test_workers_of_data_loaders(method):
     data = Convolved()
     with torch.no_grad():
