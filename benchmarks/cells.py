@@ -33,7 +33,7 @@ POOL_ERRORS = {"forward": 0.0, "input_grad": 1e-6}
 # Of a weight's gradient through a whole network, by precision of its convolutions.
 TRAINING_ERRORS = {"highest": 1e-5, "high": 2e-4, "medium": 5e-2}
 # Of a network's first weights.
-SEED = 1
+SEED = 2
 
 
 class WrongResultError(Exception):

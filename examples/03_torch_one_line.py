@@ -14,12 +14,11 @@ import copy
 import sys
 import time
 
-# Before torch, to share its threads.
-import fastconv.torch  # isort: skip
 import numpy as np
 import torch
 from torch import nn
 
+import fastconv.torch
 from fastconv.nn import datasets
 
 BATCH = 64

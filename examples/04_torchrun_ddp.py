@@ -11,8 +11,6 @@ import argparse
 import os
 import sys
 
-# Before torch, to share its threads.
-import fastconv.torch  # isort: skip
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+import fastconv.torch
 from fastconv.nn import datasets
 
 

@@ -1,8 +1,7 @@
 """fastconv for PyTorch: its operations on tensors, with autograd.
 
 Tensors are read and written in place, in either memory format. Functions, modules and two ways to bring a whole model
-over, `convert` and `enabled`. Imported before PyTorch, it shares one pool of threads with it; after it, each has its
-own, and they compete::
+over, `convert` and `enabled`::
 
     y = fastconv.torch.conv2d(x, weight, bias, padding=1)
     layer = fastconv.torch.Conv2d(3, 16, 3, algorithm="winograd")
@@ -13,8 +12,6 @@ own, and they compete::
 
 from __future__ import annotations
 
-# Before PyTorch: the OpenMP library that Numba loads here then serves both, with one pool of threads.
-from ..cpu import threads as _threads  # noqa: F401
 from ..errors import MissingDependencyError
 
 try:
