@@ -69,8 +69,11 @@ PART_BYTES = 512 * 1024
 CALL_SECONDS = 70e-6
 # Bytes of a strip.
 STRIP_BYTES = 128 * 1024
-# Bytes of V, and of V and Y of the tiles that a weight gradient sums at once, that all threads share.
+# Bytes of V that all threads share, and the most of V and Y that a weight gradient sums at once.
 SHARED_BYTES = 24 << 20
+# Bytes of V and Y that a weight gradient sums at once, unless the sums, read and written each time, are half as many:
+# what is written is then read from the caches. Measured, a call takes up to a quarter less than with `SHARED_BYTES`.
+SUMMED_BYTES = 8 << 20
 # Bytes of V and Y up to which they are read again for every panel, rather than their sums written and read.
 ONCE_BYTES = 10 << 20
 # Bytes of workspace in all.
@@ -354,7 +357,8 @@ def _gradient_workspace(g, p, m, count, limit):
     t2 = (m + 2) ** 2
     rows = STAGE * math.prod(p.kernel) + _tap_count(p) + t2
     strip = _strip_elements(p, m, _run(p, m, g.dtype.itemsize, p.tile_count)) + tile.lanes
-    room = min(SHARED_BYTES, limit - sums.nbytes - count * (rows * tile.width + strip) * g.dtype.itemsize)
+    shared = min(max(SUMMED_BYTES, 2 * sums.nbytes), SHARED_BYTES)
+    room = min(shared, limit - sums.nbytes - count * (rows * tile.width + strip) * g.dtype.itemsize)
     most = max(room // _tile_bytes(p, m, g), 16)
     tiles = -(-p.tile_count // -(-p.tile_count // most))
     if math.prod(p.blocks) == 1 and tiles == p.tile_count and tiles * _tile_bytes(p, m, g) <= ONCE_BYTES:
