@@ -17,10 +17,12 @@ import pickle
 import types
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache, update_wrapper
 from pathlib import Path
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -29,7 +31,7 @@ from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
 from numba.types import int64, void  # type: ignore[attr-defined]
 
-from . import threads
+from . import memory, threads
 from .memory import address as address_of
 from .simd import call
 
@@ -54,6 +56,8 @@ class Kernel:
 
     def __call__(self, *args: Any) -> Any:
         """Run on threads, or serially where there are none to be had."""
+        if _recording is not None and _recording.is_mine():
+            raise NotInTasksError(f"{self.function.__name__} is a kernel, not a task")
         if threads.must_run_serially():
             return self.serial(*args)
         return threads.launch(self.parallel, args)
@@ -95,14 +99,58 @@ class Task:
         """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`."""
         self.start(np.array((chunks, *arguments), np.int64))
 
-    def start(self, numbers: np.ndarray) -> None:
-        """Run the task with arguments that are int64 numbers already."""
+    def start(self, numbers: np.ndarray, *held: Any) -> None:
+        """Run the task with arguments that are int64 numbers already; `held` owns what addresses among them are of."""
         address, chunks = address_of(numbers), int(numbers[0])
+        if _recording is not None and _recording.is_mine():
+            _recording.steps.append(Step(self.compiled.address, chunks, numbers.copy(), held))
+            return
         if chunks == 1:
             # Nothing to share: no thread is woken.
             self.compiled.ctypes(address, 0)
         else:
             _for_each(self.compiled.address, address, chunks)
+
+
+class NotInTasksError(Exception):
+    """A call that does more than to start tasks."""
+
+
+class Step(NamedTuple):
+    """A task as it would have been started."""
+
+    function: Any
+    chunks: int
+    numbers: np.ndarray
+    held: Any
+
+
+class Recording:
+    """What a thread would do, while :func:`recording` lasts: tasks not started, and arrays whose address was taken."""
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+        self.steps: list[Step] = []
+        self.addressed: list[np.ndarray] = []
+
+    def is_mine(self) -> bool:
+        """Whether it is this thread that is recorded."""
+        return self.thread == get_ident()
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Record the tasks that this thread starts inside the block; one thread at a time may."""
+    global _recording
+    _recording = Recording()
+    memory.addressed = _recording.addressed
+    try:
+        yield _recording
+    finally:
+        _recording = memory.addressed = None
 
 
 def task(function: Callable[[int, int], None]) -> Task:

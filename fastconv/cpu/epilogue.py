@@ -7,12 +7,14 @@ gradient of the bias, the mask that is a ReLU's.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numba import prange
 
-from .compile import device, kernel, share
-from .simd import LEAKY_SLOPE
+from .compile import device, kernel, share, task
+from .memory import address
+from .simd import LEAKY_SLOPE, integers, load, store
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
@@ -34,6 +36,40 @@ def apply(y, data_format, bias, activation):
         _rows(y.reshape(y.shape[0], filters, -1), bias, CODES[activation])
     else:
         _pixels(y.reshape(-1, filters), bias, CODES[activation])
+
+
+def pad_bias(bias, groups, columns, copies, padded, least=None):
+    """Write the bias as (groups, a row of `padded`): `columns` numbers so many times, then zeros; all zeros for None.
+
+    After the rows comes the least result, "zero" or "-inf", if that is asked for.
+    """
+    size, limits = padded.itemsize, _LIMITS[padded.itemsize]
+    row = (padded.size - (least is not None)) // groups
+    _bias_task(size)(
+        1, 0 if bias is None else address(bias), groups, columns, 0 if bias is None else copies, address(padded), row,
+        address(limits), -1 if least is None else ("zero", "-inf").index(least),
+    )  # fmt: skip
+
+
+_LIMITS = {dtype().itemsize: np.array([0, -np.inf], dtype) for dtype in (np.float32, np.float64)}
+
+
+@lru_cache(maxsize=2)
+def _bias_task(itemsize):
+    SIZE = itemsize
+
+    @task
+    def pad(arguments, chunk):
+        """Bias (groups, columns) -> (groups, row), and the least result."""
+        _, bias, groups, columns, copies, padded, row, limits, least = integers(arguments, 0, 9)
+        for group in range(groups):
+            for i in range(row):
+                source = bias + (group * columns + i % columns) * SIZE if i < columns * copies else limits
+                store(SIZE, padded + (group * row + i) * SIZE, load(SIZE, source))
+        if least >= 0:
+            store(SIZE, padded + groups * row * SIZE, load(SIZE, limits + least * SIZE))
+
+    return pad
 
 
 @device

@@ -22,11 +22,12 @@ import numpy as np
 from ..registry import Buffer
 from . import threads
 from .blocking import LINE, plans
-from .epilogue import CODES
+from .epilogue import CODES, pad_bias
 from .gemm_tasks import JOBS_PER_SUM, tasks
 from .machine import constants
 from .memory import address
 
+IN_TASKS = True
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 1_000_000
 # Seconds of a call beside its loops; what of the tile's peak remains on real data.
@@ -174,11 +175,11 @@ def _packings(g, direction, count):
 
 def pack(geometry, direction, weight, workspace):
     """Put the weight into the order in which tiles read it."""
-    for _, task, numbers in _packings(geometry, direction, _chunks(geometry)):
+    for plan, task, numbers in _packings(geometry, direction, _chunks(geometry)):
         numbers = numbers.copy()
         numbers[1] += _aligned(address(workspace["packed"]))
         numbers[2] = address(weight)
-        task.start(numbers)
+        task.start(numbers, plan)
 
 
 def _channels(g, direction):
@@ -216,14 +217,14 @@ def run(geometry, direction, source, weight, bias, activation, out, workspace):
         padded = 0
         if bias is not None:
             padded = address(workspace["bias"])
-            shape = g.groups, plan.columns // prod(plan.phase.fold)
-            workspace["bias"][:, : plan.columns] = np.tile(bias.reshape(shape), prod(plan.phase.fold))
+            copies = prod(plan.phase.fold)
+            pad_bias(bias, g.groups, plan.columns // copies, copies, workspace["bias"])
         numbers = numbers.copy()
         numbers[1:3] = address(source), address(out)
         numbers[BEFORE_MASKS - 7 : BEFORE_MASKS] = (
             numbers[BEFORE_MASKS - 7] + _aligned(address(packed)), padded, _streams(plan, out), *places
         )  # fmt: skip
-        task.start(numbers)
+        task.start(numbers, plan)
 
 
 def _streams(plan, out):

@@ -15,6 +15,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import allocator, compute_dtype, empty, in_format, lift, memory_format, out_format
 from . import epilogue, padding, pool, threads
+from .programs import Recorded
 from .workspace import layout_of, workspace
 
 
@@ -142,6 +143,7 @@ def _prepared(choice, geometry, direction, shape, activation=None):
     if is_staged(choice, geometry):
         return None
     make, compute = allocator(shape, geometry.dtype), lifted_call(choice, direction, activation)
+    recorded = _recorded(choice, direction, activation)
     # The workspace is for so many threads.
     count = threads.count() if choice.buffers else None
 
@@ -149,10 +151,34 @@ def _prepared(choice, geometry, direction, shape, activation=None):
         if count is not None and threads.count() != count:
             return None
         result = make() if result is None else result
-        compute(a, b, bias, result)
+        if recorded is None or not recorded(a, b, bias, result):
+            compute(a, b, bias, result)
         return result
 
     return run
+
+
+def _recorded(choice, direction, activation):
+    """Return the call of an algorithm that works in tasks, to be recorded, or None."""
+    g, algorithm = choice.geometry, choice.algorithm.implementation
+    if not getattr(algorithm, "IN_TASKS", False):
+        return None
+    function = getattr(algorithm, direction)
+
+    def carry_out(a, b, bias, result, lent):
+        more = (bias, activation) if direction == "forward" else ()
+        function(g, a, b, *more, result, lent)
+
+    first, second, last = _operands(g, direction)
+    return Recorded(
+        carry_out, (first, second, (g.out_channels,), last), g.dtype, choice.buffers, layout_of(choice.buffers)
+    )
+
+
+def _operands(g, direction):
+    """Return the shapes of the factors and of the result."""
+    x, w, y = g.x_shape, g.weight_shape, g.output_shape
+    return {"forward": (x, w, y), "input_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
 
 
 def is_staged(choice, geometry):
@@ -166,8 +192,7 @@ def lifted_call(choice, direction, activation=None):
     if hasattr(algorithm, "bind"):
         return algorithm.bind(g, direction, activation)
     function, layout = getattr(algorithm, direction), layout_of(choice.buffers)
-    x, w, y = g.x_shape, g.weight_shape, g.output_shape
-    first, second, last = {"forward": (x, w, y), "input_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
+    first, second, last = _operands(g, direction)
 
     def compute(a, b, bias, result):
         more = (bias, activation) if direction == "forward" else ()

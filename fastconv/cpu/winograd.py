@@ -31,7 +31,7 @@ from ..minimal_filtering import problem
 from ..registry import Buffer
 from . import machine, threads
 from .compile import Task, device, share, task
-from .epilogue import CODES
+from .epilogue import CODES, pad_bias
 from .memory import address, extent_of, layout_of
 from .simd import (
     INPUT,
@@ -103,6 +103,8 @@ class Blocking(NamedTuple):
 
 class Winograd:
     """The functions of an algorithm, see `registry`, for one size of output tile."""
+
+    IN_TASKS = True
 
     def __init__(self, m):
         self.m = m
@@ -194,7 +196,8 @@ class Winograd:
         """Write the convolution with the weight that `pack` has transformed to `out`."""
         b = self._blocking(g, direction, workspace)
         images = (*layout_of(source, g.data_format), *layout_of(out, g.data_format), *extent_of(source, g.data_format))
-        _pad_bias(bias, workspace["bias"][0], problem(g, direction, self.m), activation == "relu")
+        p, least = problem(g, direction, self.m), "zero" if activation == "relu" else "-inf"
+        pad_bias(bias, p.groups, p.targets, 1, workspace["bias"][0], least)
         if b.part:
             self._start("transform_source", g, direction, b, images, weight, activation, workspace)
         task = "convolve_panels" if b.part else "convolve"
@@ -249,15 +252,6 @@ def _numbers(p, b, itemsize):
     )  # fmt: skip
     blocks = p.reversed, b.part, 0, 0, p.tile_count, b.filled(p.tile_count)
     return sizes, _tap_table(p, b.tile, itemsize), blocks
-
-
-def _pad_bias(bias, padded, p, relu):
-    """Write the bias as (G, panels, WIDTH), zeros beyond the last filter, and the least output."""
-    panels = padded[:-1].reshape(p.groups, -1)
-    panels[...] = 0
-    if bias is not None:
-        panels[:, : p.targets] = bias.reshape(p.groups, p.targets)
-    padded[-1] = 0 if relu else -np.inf
 
 
 def _places(workspace, *names):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import arrays, config
+from .memory import address
 
 KEPT_BYTES = 64 << 20
 # Buffers begin at a cache line of their own.
@@ -29,14 +30,32 @@ def workspace(buffers, layout=None):
     if layout.total > KEPT_BYTES or config.get("poison"):
         yield fresh(buffers)
         return
-    # Taken out while it is in use: whoever calls from here gets another.
-    block, _kept.block = getattr(_kept, "block", None), None
-    if block is None or block.size < layout.total:
-        block = _aligned(layout.total)
+    block = _take(layout.total)
     try:
         yield layout.cut(block)
     finally:
         _kept.block = block
+
+
+@contextmanager
+def lend_addresses(buffers, layout):
+    """Lend the same memory as the addresses of its buffers, in the order of the layout."""
+    if layout.total > KEPT_BYTES or config.get("poison"):
+        lent = fresh(buffers)
+        yield [address(array) for array in lent.values()]
+        return
+    block = _take(layout.total)
+    start = address(block)
+    try:
+        yield [start + at for _, _, _, at in layout.places]
+    finally:
+        _kept.block = block
+
+
+def _take(nbytes):
+    """Return this thread's block, taken out while it is in use: whoever calls from here gets another."""
+    block, _kept.block = getattr(_kept, "block", None), None
+    return _aligned(nbytes) if block is None or block.size < nbytes else block
 
 
 class Layout(NamedTuple):
