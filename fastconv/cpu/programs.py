@@ -29,6 +29,9 @@ HEAD = 3
 # Of a move: place of the number, operand, offset.
 MOVE = 3
 
+# Lines by which the first operand is moved; more than twice as many as there are operands.
+FARTHER = 64
+
 _lock = threading.Lock()
 
 
@@ -144,7 +147,11 @@ def record(
     """
     sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in operands]
     starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
-    room = np.empty(int(starts[-1]) + ALIGNMENT * (len(sizes) + 2), np.uint8)
+    # Distances of which no multiple, sum or difference is another.
+    lines = [ALIGNMENT * (FARTHER + i) for i in range(len(sizes))]
+    # Less than a line, by whole elements of any type.
+    odd = [8 * (whole - i) if i < whole else line for i, line in enumerate(lines)]
+    room = np.empty(int(starts[-1]) + max(lines) + ALIGNMENT, np.uint8)
     base = -address(room) % ALIGNMENT
 
     def carried_out(shifts: Sequence[int]) -> tuple[list[int], compilation.Recording]:
@@ -159,9 +166,6 @@ def record(
             function(arrays)
         return [address(array) for array in arrays], found
 
-    lines = [ALIGNMENT * (i + 1) for i in range(len(sizes))]
-    # By whole elements of any type, each operand by a distance of its own, less than a line.
-    odd = [8 * (i + 1) if i < whole else line for i, line in enumerate(lines)]
     with _lock:
         try:
             at, first = carried_out([0] * len(sizes))
