@@ -173,10 +173,7 @@ def conv_forward(
     """Return activation(conv(x, weight) + bias), in `out` if that is given."""
     g, library = geometry, x.library
     with library.current():
-        x = _laid_out(x, g.data_format, stored)
-        if g.padding_mode != "zeros":
-            x = padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
-        operands = {"x": x, "weight": _contiguous(weight), "bias": _contiguous(bias)}
+        operands = {"x": _padded(x, g, stored), "weight": _contiguous(weight), "bias": _contiguous(bias)}
         shape = join_shape(g.batch, g.out_channels, g.output_size, stored)
         return _computed(choice, "forward", g, stored, shape, operands, activation, out)
 
@@ -215,13 +212,20 @@ def conv_weight_grad(
     """Return the gradient with respect to the weight."""
     g, library = geometry, x.library
     with library.current():
-        x = _laid_out(x, g.data_format, stored)
-        if g.padding_mode != "zeros":
-            x = padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
         result = library.empty(g.weight_shape, g.dtype)
-        operands = {"grad_output": _laid_out(grad_output, g.data_format, stored), "x": x, "out": result}
+        operands = {
+            "grad_output": _laid_out(grad_output, g.data_format, stored),
+            "x": _padded(x, g, stored),
+            "out": result,
+        }
         compute(choice, "weight_grad", library, operands, None)
         return result
+
+
+def _padded(x: DeviceArray, g: ConvGeometry, stored: str) -> DeviceArray:
+    """Return the input as kernels take it: in the format to compute in, its padding mode carried out."""
+    x = _laid_out(x, g.data_format, stored)
+    return x if g.padding_mode == "zeros" else padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
 
 
 def bias_grad(grad_output: DeviceArray, data_format: str) -> DeviceArray:
@@ -273,9 +277,7 @@ def compute(
     activation: str | None,
 ) -> None:
     """Write what an algorithm computes to `out`, through bias and activation."""
-    result, bias = arrays["out"], arrays.get("bias")
-    assert result is not None, "somebody wants the result"
-    launches = _launches(choice, direction, activation, bias is not None, library)
+    launches = _launches(choice, direction, activation, arrays.get("bias") is not None, library)
     _run(launches, library, arrays, choice.buffers)
 
 
@@ -496,10 +498,8 @@ def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: Device
             "x": _converted(_laid_out(x, g.data_format, stored), dtype),
             "grad_output": _converted(_laid_out(grad_output, g.data_format, stored), dtype),
         }
-        inside, out = (
-            replace(g, data_format=stored),
-            library.empty(join_shape(g.batch, g.channels, g.input_size, stored), dtype),
-        )
+        inside = replace(g, data_format=stored)
+        out = library.empty(join_shape(g.batch, g.channels, g.input_size, stored), dtype)
         launches = _launches_of(pool.lp_pool_grad, library, inside, dtype, power)
         _run(launches, library, {**operands, "out": out}, pool.lp_pool_grad_workspace(inside, dtype))
         return _moved(_converted(out, x.dtype), stored, g.data_format)
