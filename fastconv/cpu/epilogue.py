@@ -11,16 +11,11 @@ import math
 import numpy as np
 from numba import prange
 
+from ..activations import CODES, LEAKY_SLOPE
 from .compile import device, kernel, share
-from .simd import LEAKY_SLOPE
-
-ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
-
 
 # Elements worth a part of their own.
 PART = 16 * 1024
-# What the kernels compare with: 0 is "no activation".
-CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
 
 
 def apply(y, data_format, bias, activation):
