@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-from . import arrays, config
+from . import config, device_arrays
 from ._version import __version__
 from .errors import FastconvError, MissingDependencyError
 from .geometry import DATA_FORMATS, DIRECTIONS
@@ -290,7 +290,7 @@ def _check_kinds(args: argparse.Namespace) -> None:
 
 def _architecture(args: argparse.Namespace) -> str:
     """Return what `selection` knows a device by: "cpu", or the architecture of the current GPU."""
-    return "cpu" if args.device == "cpu" else arrays.gpu_library().device
+    return "cpu" if args.device == "cpu" else device_arrays.gpu_library().device
 
 
 def _data_formats(text: str) -> tuple[str, ...]:
@@ -385,7 +385,7 @@ def _where(args: argparse.Namespace, settings: Any) -> str:
     if args.device != "cpu":
         from .cuda import launch
 
-        library = arrays.gpu_library()
+        library = device_arrays.gpu_library()
         return f"{launch.model(library.device)} ({library.device}), arrays of {library.name}"
     from .cpu import threads
 

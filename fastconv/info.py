@@ -650,10 +650,10 @@ def warm_up_steps(
 
 
 def _floating(dtype: Any) -> np.dtype:
-    from .arrays import FLOATING, _bfloat16
+    from .arrays import FLOATING, bfloat16
 
     if dtype == "bfloat16":
-        return _bfloat16()
+        return bfloat16()
     try:
         found = np.dtype(dtype)
     except TypeError:

@@ -5,7 +5,7 @@ memory is laid out so (copied only if it is not so already), results and workspa
 library, on its device and stream, and steps are compiled once and launched with addresses. It has run against a driver
 that emulates, on no GPU.
 
-All arrays are `arrays.DeviceArray`s with a batch, in the format of the geometry.
+All arrays are `device_arrays.DeviceArray`s with a batch, in the format of the geometry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import config
-from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, NumpyArrays, library_of
+from ..arrays import NumpyArrays, library_of
+from ..device_arrays import ALIGNMENT, DeviceArray, DeviceLibrary
 from ..errors import ArgumentError, UnsupportedError
 from ..geometry import ConvGeometry, PoolGeometry, first_spatial_axis, join_shape, planes_shape
 from ..registry import Buffer, workspace_bytes
