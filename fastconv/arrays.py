@@ -36,7 +36,11 @@ class NumpyArrays:
     @staticmethod
     def adopt(name: str, value: Any) -> np.ndarray:
         """Return an ndarray over the memory of `value`."""
-        return value.view(np.ndarray) if type(value) is not np.ndarray else value
+        if type(value) is np.ndarray:
+            return value
+        if isinstance(value, np.ma.MaskedArray):
+            raise ArgumentTypeError(f"{name} is a masked array, and its mask would be lost; pass {name}.filled(0)")
+        return value.view(np.ndarray)
 
     @staticmethod
     def give_back(result: np.ndarray) -> Any:
