@@ -242,6 +242,8 @@ def _compare(args: argparse.Namespace) -> int:
     rows, interrupted = _measure(settings, args.quiet)
     if args.network and rows:
         print("\n" + report.totals_text(rows))
+    if not args.quiet and (noise := report.noise_text(rows)):
+        print("\n" + noise)
     if not (args.network or args.input or args.quiet):
         print("\nNext: --network vgg16, --input 8,64,56,56 --filters 64 --kernel 3, --plot FILE.png; --help lists all.")
     if rows:
@@ -381,7 +383,7 @@ def _dtype(name: str) -> Any:
 
 
 def _explanation(args: argparse.Namespace, settings: Any) -> str:
-    """Return two lines that say what the table shows, and a third for a GPU."""
+    """Return three lines that say what the table shows, and a fourth for a GPU."""
     what = f"{args.network or ('one layer' if args.input else 'One layer of each kind')}, {settings.dtype}"
     problem = "it was left out" if args.no_torch else _benchmarks("providers").torch_problem(args.device)
     if problem is None:
@@ -390,7 +392,8 @@ def _explanation(args: argparse.Namespace, settings: Any) -> str:
         ratio = f"no ratio to PyTorch: {problem}."
     lines = [
         f"{what}, {_where(args, settings)}; medians. {ratio}",
-        "GFLOP/s count direct convolution's arithmetic; RMS error is against float64; <- auto: what fastconv takes.",
+        "spread: of the times from quantile 20 to 80, over the median; GFLOP/s: of direct convolution's arithmetic;",
+        "RMS error: against float64; <- auto: what fastconv takes.",
     ]
     if args.device != "cpu":
         lines.append("ms: time on the GPU, caches emptied before; host us: a call's on the host; cuDNN without TF32.")
