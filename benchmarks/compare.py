@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fastconv
-from fastconv.arrays import NumpyArrays, gpu_library
+from fastconv.arrays import NumpyArrays
+from fastconv.device_arrays import gpu_library
 from fastconv.errors import FastconvError, UnsupportedError, WorkspaceLimitError
 from fastconv.geometry import DIRECTIONS
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastconv.arrays import DeviceLibrary
 from fastconv.cuda import launch
+from fastconv.device_arrays import DeviceLibrary
 
 from .timing import Timing
 

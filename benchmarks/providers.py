@@ -17,7 +17,8 @@ import numpy as np
 
 import fastconv
 from fastconv import registry, selection
-from fastconv.arrays import DeviceLibrary, NumpyArrays, TorchArrays
+from fastconv.arrays import NumpyArrays, TorchArrays
+from fastconv.device_arrays import DeviceLibrary
 from fastconv.geometry import ConvGeometry
 
 from .check import Problem

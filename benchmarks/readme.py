@@ -1,6 +1,7 @@
 """Write the README's tables of ratios from the committed results: ``python -m benchmarks.readme``.
 
-Those of the panel come from ``results/panel-*.json``, which ``make panel`` makes, one for each CPU.
+Those of the panel come from ``results/panel-*.json``, which ``make panel`` makes, one for each CPU; every single layer
+goes to ``results/panel.md``.
 
 Every figure of the comparison of algorithms comes from ``results/tour-*.json``. For each NAME of auto, direct, im2col,
 implicit_gemm, winograd, depthwise and fft this makes one anew, in a process of its own, because the thread pools of
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,16 @@ from . import summary
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-README = ROOT.parent / "README.md"
+README, LAYERS = ROOT.parent / "README.md", RESULTS / "panel.md"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 PANEL_BEGIN, PANEL_END = "<!-- panel:begin -->", "<!-- panel:end -->"
+# Cells to show at each end.
+SHOWN = 10
+TITLE = """# The panel, layer by layer
+
+PyTorch's time over fastconv's: above 1 beats PyTorch, below 1, in bold, loses to it. Written by
+`python -m benchmarks.readme` from the `panel-*.json` beside it; the README has the means.
+"""
 ALGORITHMS = ("direct", "im2col", "implicit_gemm", "winograd", "depthwise", "fft")
 
 
@@ -89,31 +98,72 @@ def _ratio(ratio: float | None) -> str:
 
 
 def panel(results: dict[str, Any], file: str) -> str:
-    """Return the panel's results as Markdown: means by kind of work beside their targets, then every layer."""
-    machine, levels = results["machine"], summary.levels(results)
+    """Return the panel's results as Markdown: means by kind of work beside their targets, losses, both ends."""
     header, *rows = summary.table(results)
-    lost, wrong = summary.losses(results), summary.wrongs(results)
     lines = [
-        f"`{file}`: {machine['cpu']} ({', '.join(machine['features'])}), {machine['threads']} threads,",
-        f"PyTorch {machine['versions']['torch']}. PyTorch's time over fastconv's, geometric means: of the better",
-        "layout of each, and with both in channels-first : channels-last. Targets were set before anything was built;",
-        "those marked AMX are for CPUs that have it.",
+        *_machine(results, file),
+        "PyTorch's time over fastconv's, **above 1 beats PyTorch**: geometric means of the better layout of each, and",
+        "with both in channels-first : channels-last. Targets were set before anything was built; those marked AMX are",
+        "for CPUs that have it.",
         "",
         f"| {' | '.join(header)} |",
         "|---" + "|---:" * (len(header) - 1) + "|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         *(f"- {line}" for line in (*summary.training_lines(results), *summary.regret_lines(results))),
-        f"- {len(lost)} cells lost at {' or '.join(levels)}{', each level counted; in bold below' if lost else ''}",
-        *(f"- not timed: {line}" for line in wrong),
+        f"- slower than PyTorch: {_lost(results)} (in bold; every layer is in",
+        f"  [benchmarks/results/{LAYERS.name}](benchmarks/results/{LAYERS.name}))",
+        *(f"- not timed: {line}" for line in summary.wrongs(results)),
         "",
-        f"<details><summary>every layer, at {' / '.join(levels)}</summary>",
+        *_ends(results, summary.levels(results)[0]),
+    ]
+    return "\n".join(lines)
+
+
+def _machine(results: dict[str, Any], file: str) -> list[str]:
+    machine = results["machine"]
+    return [
+        f"`{file}`: {machine['cpu']} ({', '.join(machine['features'])}),",
+        f"{machine['threads']} threads, PyTorch {machine['versions']['torch']}.",
+    ]
+
+
+def _lost(results: dict[str, Any]) -> str:
+    """Return how many cells are slower than PyTorch at each precision."""
+    lost = [level for _, level, _ in summary.losses(results)]
+    known = {
+        level: sum(summary.ratio(c, level) is not None for c in results["cells"]) for level in summary.levels(results)
+    }
+    return ", ".join(f"{lost.count(level)} of {count} cells at {level}" for level, count in known.items())
+
+
+def _ends(results: dict[str, Any], level: str) -> list[str]:
+    """Return the table of the cells with the lowest and the highest ratios."""
+    found = [(summary.ratio(cell, level), summary.name(cell)) for cell in results["cells"]]
+    order = sorted((r.value, name) for r, name in found if r is not None)
+    rows = zip(order[:SHOWN], reversed(order[-SHOWN:]))
+    return [
+        f'| lowest, at "{level}" | ratio | highest | ratio |',
+        "|---|---:|---|---:|",
+        *(f"| {worst} | {_marked(low)} | {best} | {_marked(high)} |" for (low, worst), (high, best) in rows),
+    ]
+
+
+def _marked(value: float) -> str:
+    """Return a ratio, in bold if it is a loss."""
+    return f"**{summary.number(value)}**" if value < 1 else summary.number(value)
+
+
+def layers(results: dict[str, Any], file: str) -> str:
+    """Return every layer of the panel as Markdown."""
+    levels = summary.levels(results)
+    lines = [
+        *_machine(results, file),
+        f"At {' / '.join(levels)}, in the better layout of each:",
         "",
         f"| layer | {' | '.join(DIRECTIONS)} |",
         "|---|---:|---:|---:|",
         *_panel_layers(results, levels),
-        "",
-        "</details>",
     ]
     return "\n".join(lines)
 
@@ -122,24 +172,27 @@ def _panel_layers(results: dict[str, Any], levels: list[str]) -> list[str]:
     layers: dict[str, dict[str, str]] = {}
     for cell in results["cells"]:
         found = [summary.ratio(cell, level) for level in levels]
-        known = [f"**{summary.number(r.value)}**" if r.value < 1 else summary.number(r.value) for r in found if r]
-        shown = " / ".join(dict.fromkeys(known)) or "-"
+        shown = " / ".join(dict.fromkeys(_marked(r.value) for r in found if r)) or "-"
         # A training step has one direction, shown as the first.
         direction = cell["direction"] if cell["direction"] in DIRECTIONS else DIRECTIONS[0]
         layers.setdefault(f"{cell['network']} {cell['layer']}", {})[direction] = shown
     return [f"| {name} | {' | '.join(row.get(d, '') for d in DIRECTIONS)} |" for name, row in layers.items()]
 
 
-def panels() -> str:
-    """Return the results of every CPU's file."""
-    files = sorted(RESULTS.glob("panel-*.json"))
-    found = [panel(json.loads(file.read_text()), file.name) for file in files]
+def panels(show: Callable[[dict[str, Any], str], str]) -> str:
+    """Return what a function shows of the results of every CPU's file."""
+    found = [show(json.loads(file.read_text()), file.name) for file in sorted(RESULTS.glob("panel-*.json"))]
     return "\n\n".join(found) or "No file of results is committed yet: `make panel` makes one."
+
+
+def every_layer() -> str:
+    """Return the file of all layers."""
+    return f"{TITLE}\n{panels(layers)}\n"
 
 
 def rendered(readme: str) -> str:
     """Return the README with its tables replaced."""
-    for begin, end, text in ((BEGIN, END, table(load())), (PANEL_BEGIN, PANEL_END, panels())):
+    for begin, end, text in ((BEGIN, END, table(load())), (PANEL_BEGIN, PANEL_END, panels(panel))):
         head, rest = readme.split(begin)
         _, tail = rest.split(end)
         readme = f"{head}{begin}\n{text}\n{end}{tail}"
@@ -147,8 +200,9 @@ def rendered(readme: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the README."""
+    """Rewrite the README and the file of all layers."""
     README.write_text(rendered(README.read_text()))
+    LAYERS.write_text(every_layer())
 
 
 if __name__ == "__main__":

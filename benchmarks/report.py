@@ -14,6 +14,8 @@ from typing import Any
 from fastconv import info
 
 _SHORT = {"channels_first": "first", "channels_last": "last"}
+# On a quiet machine nine rows of ten spread by less than an eighth.
+NOISY = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Row:
     is_auto: bool
     device: str = "cpu"
     host_us: float | None = None
+
+    @property
+    def spread(self) -> float | None:
+        """From the quantile 20 to the quantile 80 of the times, over their median."""
+        if self.ms is None or self.ms_q20 is None or self.ms_q80 is None:
+            return None
+        return (self.ms_q80 - self.ms_q20) / self.ms
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the times spread so far that their median says little."""
+        return self.spread is not None and self.spread > NOISY
 
 
 # --- sums over a network ---------------------------------------------------------------------------------------
@@ -108,7 +122,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 class Table:
     """Rows as aligned lines that can be printed one by one: widths follow from what may come, not from what came."""
 
-    _NUMBERS = (("ms", 9), ("host us", 7), ("GFLOP/s", 8), ("workspace", 10), ("RMS error", 9), ("ratio", 6))
+    _NUMBERS = (
+        ("ms", 9), ("spread", 6), ("host us", 7), ("GFLOP/s", 8), ("workspace", 10), ("RMS error", 9), ("ratio", 6),
+    )  # fmt: skip
 
     def __init__(self, layers: Iterable[str], providers: Iterable[str], device: str = "cpu") -> None:
         self._numbers = [number for number in self._NUMBERS if device != "cpu" or number[0] != "host us"]
@@ -133,11 +149,12 @@ class Table:
         self._last = here
         cells = (*words, row.provider, _SHORT[row.data_format])
         left = "  ".join(f"{cell:<{w}}" for cell, w in zip(cells, self._widths))
-        mark = "  <- auto" if row.is_auto else ""
+        mark = "  <- auto" * row.is_auto + "  noisy" * row.is_noisy
         if row.status != "ok":
             return f"{left}  {row.note}{mark}"
         numbers = {
             "ms": milliseconds(row.ms),
+            "spread": _number(row.spread, ".0%"),
             "host us": _number(row.host_us, ".1f"),
             "GFLOP/s": _number(row.gflops_per_s, ".1f"),
             "workspace": "-" if row.workspace_bytes is None else size(row.workspace_bytes),
@@ -158,6 +175,19 @@ def text(rows: Sequence[Row]) -> str:
     devices = {row.device for row in rows} - {"cpu"}
     table = Table(map(layer_name, rows), (row.provider for row in rows), *devices)
     return "\n".join([table.header(), *map(table.line, rows)])
+
+
+def noise_text(rows: Sequence[Row]) -> str:
+    """Return a sentence about times that say little; empty if there are none."""
+    noisy = [row for row in rows if row.is_noisy]
+    if not noisy:
+        return ""
+    peers = sum(row.is_reference for row in noisy)
+    what = f", {peers} of them PyTorch's, to which ratios refer" if peers else ""
+    return (
+        f"{len(noisy)} of {len(rows)} rows are noisy{what}: times that spread by more than {NOISY:.0%} of their median "
+        f"say little. Measure again when nothing else runs."
+    )
 
 
 def totals_text(rows: Sequence[Row]) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastconv.geometry import ConvGeometry
+from fastconv.geometry import ConvGeometry, join_shape
 from fastconv.testing import ConvCase
 
 
@@ -63,7 +63,7 @@ class Workload:
     def geometry(self, data_format: str = "channels_first", dtype: Any = "float32") -> ConvGeometry:
         """Return all its sizes; raises ShapeError or ArgumentError if they do not fit."""
         N, C, *spatial = self.x_shape
-        x_shape = (N, C, *spatial) if data_format == "channels_first" else (N, *spatial, C)
+        x_shape = join_shape(N, C, tuple(spatial), data_format)
         return ConvGeometry.create(x_shape, self.weight_shape, data_format=data_format, dtype=dtype, **self.arguments)
 
     def with_batch(self, batch: int) -> Workload:

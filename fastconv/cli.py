@@ -1,4 +1,4 @@
-"""The command: ``python -m fastconv compare | info | tune | warmup``.
+"""The command: ``python -m fastconv compare | explain | info | tune | warmup``.
 
 It reads flags, and prints. What is measured and how is in `fastconv.benchmarks`, which in a checkout is the folder
 ``benchmarks`` beside the package; what the package found on the machine is in `fastconv.info`.
@@ -14,12 +14,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-from . import arrays, config
+from . import config, device_arrays
 from ._version import __version__
+from .cuda.architecture import ARCHITECTURES
 from .errors import FastconvError, MissingDependencyError
 from .geometry import DATA_FORMATS, DIRECTIONS
 
@@ -84,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="fastconv", description="Convolution and pooling kernels: compare, tune, compile ahead.")
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="compare | info | tune | warmup")
+    commands = parser.add_subparsers(dest="command", metavar="compare | explain | info | tune | warmup")
     _add_compare(commands)
+    _add_explain(commands)
     _add_info(commands)
     _add_tune(commands)
     _add_warmup(commands)
@@ -125,9 +128,9 @@ def _add_layers(parser: Any) -> None:
     network.add_argument("--layers", metavar="REGEX", help="only layers whose name matches")
 
 
-def _add_kinds(group: Any, data_format: str) -> None:
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
-    group.add_argument("--direction", metavar="D", default="all", help=f"all, or some of {', '.join(DIRECTIONS)}")
+def _add_kinds(group: Any, data_format: str, direction: str = "all", devices: Sequence[str] = ("cpu", "cuda")) -> None:
+    group.add_argument("--device", choices=devices, default="cpu", help="cuda: the current GPU")
+    group.add_argument("--direction", metavar="D", default=direction, help=f"all, or some of {', '.join(DIRECTIONS)}")
     group.add_argument("--dtype", choices=DTYPES, default="float32")
     group.add_argument("--data-format", choices=(*DATA_FORMATS, "both"), default=data_format)
     group.add_argument("--precision", choices=config.PRECISIONS, help="promise about float32 results")
@@ -139,6 +142,20 @@ def _add_choices(group: Any) -> None:
     group.add_argument("--algorithms", type=_words, metavar="A,B", help="only these; auto is what fastconv would take")
     group.add_argument("--budget", type=float, metavar="SECONDS", default=0.2, help="time for each row (0.2)")
     group.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="say what each algorithm needs and is predicted to take, and why it cannot, without running any",
+        description="Print a table of all algorithms for a layer or each layer of a network: workspace, predicted and "
+        "measured time, which one auto takes, why one cannot be called; for a GPU, which need not be there, also the "
+        "registers, occupancy and instructions of their kernels. Without --input or --network: one layer of each kind.",
+    )
+    parser.set_defaults(run=_explain, parser=parser)
+    _add_layers(parser)
+    devices = ("cpu", "cuda", *ARCHITECTURES)
+    _add_kinds(parser.add_argument_group("what to show"), "channels_first", "forward", devices)
 
 
 def _add_info(commands: Any) -> None:
@@ -225,6 +242,8 @@ def _compare(args: argparse.Namespace) -> int:
     rows, interrupted = _measure(settings, args.quiet)
     if args.network and rows:
         print("\n" + report.totals_text(rows))
+    if not args.quiet and (noise := report.noise_text(rows)):
+        print("\n" + noise)
     if not (args.network or args.input or args.quiet):
         print("\nNext: --network vgg16, --input 8,64,56,56 --filters 64 --kernel 3, --plot FILE.png; --help lists all.")
     if rows:
@@ -259,6 +278,8 @@ def _settings(args: argparse.Namespace) -> Any:
     for name in args.algorithms or ():
         registry.named(name, args.device)
     _check_kinds(args)
+    # Without a GPU this is where it ends.
+    _architecture(args)
     compare: Any = _benchmarks("compare")
     return compare.Settings(
         workloads=_workloads(args),
@@ -280,17 +301,15 @@ def _check_kinds(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads must be at least 1, not {args.threads}")
     if args.threads is not None and args.device != "cpu":
-        raise UsageError("--threads does not go with --device cuda")
+        raise UsageError(f"--threads does not go with --device {args.device}")
     # Values from the environment are checked when they are read.
     for option in config.DEFAULTS:
         config.get(option)
-    # Without a GPU this is where it ends.
-    _architecture(args)
 
 
 def _architecture(args: argparse.Namespace) -> str:
     """Return what `selection` knows a device by: "cpu", or the architecture of the current GPU."""
-    return "cpu" if args.device == "cpu" else arrays.gpu_library().device
+    return "cpu" if args.device == "cpu" else device_arrays.gpu_library().device
 
 
 def _data_formats(text: str) -> tuple[str, ...]:
@@ -364,7 +383,7 @@ def _dtype(name: str) -> Any:
 
 
 def _explanation(args: argparse.Namespace, settings: Any) -> str:
-    """Return two lines that say what the table shows, and a third for a GPU."""
+    """Return three lines that say what the table shows, and a fourth for a GPU."""
     what = f"{args.network or ('one layer' if args.input else 'One layer of each kind')}, {settings.dtype}"
     problem = "it was left out" if args.no_torch else _benchmarks("providers").torch_problem(args.device)
     if problem is None:
@@ -373,7 +392,8 @@ def _explanation(args: argparse.Namespace, settings: Any) -> str:
         ratio = f"no ratio to PyTorch: {problem}."
     lines = [
         f"{what}, {_where(args, settings)}; medians. {ratio}",
-        "GFLOP/s count direct convolution's arithmetic; RMS error is against float64; <- auto: what fastconv takes.",
+        "spread: of the times from quantile 20 to 80, over the median; GFLOP/s: of direct convolution's arithmetic;",
+        "RMS error: against float64; <- auto: what fastconv takes.",
     ]
     if args.device != "cpu":
         lines.append("ms: time on the GPU, caches emptied before; host us: a call's on the host; cuDNN without TF32.")
@@ -385,7 +405,7 @@ def _where(args: argparse.Namespace, settings: Any) -> str:
     if args.device != "cpu":
         from .cuda import launch
 
-        library = arrays.gpu_library()
+        library = device_arrays.gpu_library()
         return f"{launch.model(library.device)} ({library.device}), arrays of {library.name}"
     from .cpu import threads
 
@@ -478,6 +498,22 @@ class _Progress:
         sys.stderr.flush()
 
 
+# --- explain ---------------------------------------------------------------------------------------------------
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from . import selection
+
+    _check_kinds(args)
+    tables = product(_workloads(args), _directions(args.direction), _data_formats(args.data_format))
+    with config.options(**({} if args.threads is None else {"threads": args.threads})):
+        for number, (layer, direction, data_format) in enumerate(tables):
+            geometry = layer.geometry(data_format, _dtype(args.dtype))
+            table = selection.explain(geometry, args.device, direction=direction, precision=args.precision)
+            print("\n" * (number > 0) + f"{layer.name}: " * bool(layer.network) + table, flush=True)
+    return 0
+
+
 # --- tune ------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +523,7 @@ def _tune(args: argparse.Namespace) -> int:
     if not (args.network or args.input or args.clear or args.show):
         raise UsageError("tune needs --network, --input, --show or --clear")
     _check_kinds(args)
+    _architecture(args)
     if args.clear:
         print(f"forgot {tuning.count()} convolutions of {tuning.file()}")
         tuning.clear()
@@ -556,8 +593,11 @@ def _warmup(args: argparse.Namespace) -> int:
     try:
         for label, run in steps:
             progress.show(label)
+            before = perf_counter()
             run()
             progress.step()
+            if not args.quiet:
+                print(f"{label:<48}  {perf_counter() - before:6.1f} s", flush=True)
     finally:
         progress.close()
     if not args.quiet:

@@ -162,13 +162,22 @@ def _letters(text: str) -> str:
     return "(" + ", ".join(text) + ("," if len(text) == 1 else "") + ")"
 
 
-def _join_shape(batched: bool, batch: int, channels: int, spatial: Sizes, data_format: str) -> Sizes:
+def join_shape(batch: int, channels: int, spatial: Sizes, data_format: str, batched: bool = True) -> Sizes:
+    """Return (N, C, *spatial) or (N, *spatial, C), without N if not `batched`."""
     inner = (channels, *spatial) if data_format == "channels_first" else (*spatial, channels)
     return (batch, *inner) if batched else inner
 
 
-def _first_spatial_axis(batched: bool, data_format: str) -> int:
+def first_spatial_axis(data_format: str, batched: bool = True) -> int:
+    """Return the axis where the spatial extent begins."""
     return int(batched) + int(data_format == "channels_first")
+
+
+def planes_shape(array_shape: Sizes, data_format: str) -> Sizes:
+    """Return the shape of a batched array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
+    _, N, C, spatial = _split_shape("array", array_shape, len(array_shape) - 2, data_format)
+    spatial = (1,) * (3 - len(spatial)) + spatial
+    return (N * C, *spatial, 1) if data_format == "channels_first" else (N, *spatial, C)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------
@@ -327,7 +336,7 @@ class ConvGeometry:
     @property
     def x_shape(self) -> Sizes:
         """Shape of the input, in the caller's format."""
-        return _join_shape(self.batched, self.batch, self.in_channels, self.input_size, self.data_format)
+        return join_shape(self.batch, self.in_channels, self.input_size, self.data_format, self.batched)
 
     @property
     def weight_shape(self) -> Sizes:
@@ -338,12 +347,12 @@ class ConvGeometry:
     def output_shape(self) -> Sizes:
         """Shape of the output, in the caller's format. Without input channels it has none either, as in PyTorch."""
         channels = self.out_channels if self.in_channels else 0
-        return _join_shape(self.batched, self.batch, channels, self.output_size, self.data_format)
+        return join_shape(self.batch, channels, self.output_size, self.data_format, self.batched)
 
     @property
     def first_spatial_axis(self) -> int:
         """Axis of x where its spatial extent begins."""
-        return _first_spatial_axis(self.batched, self.data_format)
+        return first_spatial_axis(self.data_format, self.batched)
 
     @property
     def is_empty(self) -> bool:
@@ -735,17 +744,17 @@ class PoolGeometry:
     @property
     def x_shape(self) -> Sizes:
         """Shape of the input, in the caller's format."""
-        return _join_shape(self.batched, self.batch, self.channels, self.input_size, self.data_format)
+        return join_shape(self.batch, self.channels, self.input_size, self.data_format, self.batched)
 
     @property
     def output_shape(self) -> Sizes:
         """Shape of the output, in the caller's format."""
-        return _join_shape(self.batched, self.batch, self.channels, self.output_size, self.data_format)
+        return join_shape(self.batch, self.channels, self.output_size, self.data_format, self.batched)
 
     @property
     def first_spatial_axis(self) -> int:
         """Axis of x where its spatial extent begins."""
-        return _first_spatial_axis(self.batched, self.data_format)
+        return first_spatial_axis(self.data_format, self.batched)
 
     @property
     def windows(self) -> tuple[np.ndarray, ...]:

@@ -25,7 +25,7 @@ import numpy as np
 from . import config, tuning
 from ._version import __version__
 from .errors import ArgumentError, ArgumentTypeError, DTypeError
-from .geometry import DATA_FORMATS, one_of
+from .geometry import DATA_FORMATS, join_shape, one_of
 
 # Distribution, and the extra that installs it; None for what every installation has. "cuda" is one per CUDA version.
 LIBRARIES: dict[str, str | None] = {
@@ -483,8 +483,7 @@ class _Arrays(NamedTuple):
     def image(self, channels: int = 4, size: int | None = None) -> np.ndarray:
         """One image of zeros, `size` in every dimension."""
         spatial = self.spatial if size is None else (size,) * len(self.spatial)
-        shape = (1, channels, *spatial) if self.data_format == "channels_first" else (1, *spatial, channels)
-        return np.zeros(shape, self.dtype)
+        return np.zeros(join_shape(1, channels, spatial, self.data_format), self.dtype)
 
     def weight(self, kernel: int, channels: int = 4) -> np.ndarray:
         """Four filters of zeros."""
@@ -651,10 +650,10 @@ def warm_up_steps(
 
 
 def _floating(dtype: Any) -> np.dtype:
-    from .arrays import FLOATING, _bfloat16
+    from .arrays import FLOATING, bfloat16
 
     if dtype == "bfloat16":
-        return _bfloat16()
+        return bfloat16()
     try:
         found = np.dtype(dtype)
     except TypeError:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays, config, registry, selection, xla
+from .activations import LEAKY_SLOPE
 from .arrays import INTEGER8
 from .errors import ArgumentTypeError, MissingDependencyError, UnsupportedError
 from .geometry import ConvGeometry, PoolGeometry, flag
@@ -379,7 +380,7 @@ _ACTIVATIONS = {
 # Functions of (y, tangent) with y = activation(z): the derivatives at z, from y.
 _SLOPES: dict[str, Callable[[Any, Any], Any]] = {
     "relu": lambda y, t: jnp.where(y > 0, t, 0),
-    "leaky_relu": lambda y, t: jnp.where(y > 0, t, 0.01 * t),
+    "leaky_relu": lambda y, t: jnp.where(y > 0, t, LEAKY_SLOPE * t),
     "sigmoid": lambda y, t: y * (1 - y) * t,
     "tanh": lambda y, t: (1 - y * y) * t,
 }

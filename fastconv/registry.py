@@ -168,7 +168,7 @@ def named(name: Any, device: str) -> list[Algorithm]:
     chosen = [a for a in here if a.name == name] or [a for a in here if a.family == name]
     known = {a.name for a in _algorithms.values()} | set(FAMILIES)
     if not chosen and name not in known:
-        names = dict.fromkeys(["auto", "tune", *FAMILIES, *(a.name for a in _algorithms.values())])
+        names = dict.fromkeys(["auto", "tune", *FAMILIES, *(a.name for a in here)])
         raise ArgumentError(f"algorithm must be one of {', '.join(map(repr, names))}, not {name!r}")
     return chosen
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import config, registry, tuning
 from .arrays import HALF, compute_dtype
-from .errors import ArgumentTypeError, UnsupportedError, WorkspaceLimitError
+from .errors import ArgumentTypeError, MissingDependencyError, UnsupportedError, WorkspaceLimitError
 from .geometry import DIRECTIONS, ConvGeometry, one_of
 from .registry import Algorithm, Buffer
 
@@ -283,6 +283,8 @@ def algorithms(
     except UnsupportedError:
         # The table says of each why.
         best = None
+    except MissingDependencyError as error:
+        return [Candidate(algorithm.name, False, str(error), None, None, None, False) for algorithm in here]
     measured = tuning.times(tuning.key(inner, geometry.dtype, direction, kind, units, level, model))
     found = []
     for algorithm in here:
@@ -312,7 +314,7 @@ def checked_device(device: Any) -> tuple[str, str]:
 
     try:
         return launch.architecture(), "cuda"
-    except UnsupportedError:
+    except (MissingDependencyError, UnsupportedError):
         return DEFAULT_ARCHITECTURE, "cuda"
 
 
@@ -351,8 +353,9 @@ def explain(
     ]
     if not found:
         lines = [f"there are no algorithms on the device {device!r} yet"]
-    if device != "cpu":
-        lines += ["", *_kernel_lines(geometry, device, direction, [c.name for c in found if c.supported])]
+    supported = [c.name for c in found if c.supported]
+    if device != "cpu" and supported:
+        lines += ["", *_kernel_lines(geometry, device, direction, supported)]
     return "\n".join([title, *lines])
 
 

@@ -197,11 +197,22 @@ def test_totals_count_repeated_layers_and_say_what_is_missing():
 
 def test_the_table_is_aligned_and_marks_what_auto_takes():
     header, *lines = report.text(ROWS).splitlines()
-    assert " ".join(lines[0].split()) == "conv1 x3 forward direct first 2.000 250.0 2 KiB 1.0e-07 2.00 <- auto"
-    assert " ".join(lines[1].split()) == "torch first 4.000 250.0 - 1.0e-07 1.00"
+    assert " ".join(lines[0].split()) == "conv1 x3 forward direct first 2.000 0% 250.0 2 KiB 1.0e-07 2.00 <- auto"
+    assert " ".join(lines[1].split()) == "torch first 4.000 0% 250.0 - 1.0e-07 1.00"
     assert lines[2].endswith("WRONG (rms 1.0e+00, allowed 1.0e-06)")
     assert "2.000" not in lines[2]
     assert header.index("ratio") + len("ratio") == len(lines[1])
+
+
+def test_times_that_say_little_are_marked():
+    assert report.noise_text(ROWS) == ""
+    noisy = [replace(ROWS[0], ms_q20=1.8, ms_q80=2.4), replace(ROWS[1], ms_q80=40.0), ROWS[3]]
+    _, *lines = report.text(noisy).splitlines()
+    assert " 30% " in lines[0]
+    assert lines[0].endswith("  <- auto  noisy")
+    assert " 900% " in lines[1]
+    assert lines[1].endswith("  noisy")
+    assert report.noise_text(noisy).startswith("2 of 3 rows are noisy, 1 of them PyTorch's, to which ratios refer: ")
 
 
 def test_csv_and_json_hold_the_same_rows():

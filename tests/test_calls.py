@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from support import normal
+from support import normal, subclassed
 
 import fastconv
 from fastconv import calls, config, registry
@@ -117,7 +117,7 @@ OTHER = {
     "fortran": np.asfortranarray,
     "unaligned": lambda a: np.frombuffer(bytearray(1) + a.tobytes(), np.uint8)[1:].view("f4").reshape(a.shape),
     "read-only": lambda a: np.frombuffer(a.tobytes(), "f4").reshape(a.shape),
-    "subclass": np.ma.masked_array,
+    "subclass": subclassed,
 }
 
 

@@ -341,8 +341,23 @@ def test_info_prints_text_or_json(capsys):
     assert json.loads(capsys.readouterr().out)["fastconv"] == fastconv.__version__
 
 
+def test_explain_prints_the_table_of_a_layer_or_of_each_of_a_network(capsys):
+    geometry = fastconv.ConvGeometry.create((2, 3, 8, 8), (4, 3, 3, 3))
+    assert cli.main(["explain", *TINY[:6]]) == 0
+    assert capsys.readouterr().out == fastconv.explain(geometry) + "\n"
+    assert cli.main(["explain", "--network", "mnist", "--direction", "input_grad", "--data-format", "both"]) == 0
+    titles = [table.split(": x ")[0] for table in capsys.readouterr().out.split("\n\n")]
+    assert titles == [f"conv{i}: conv2d input_grad" for i in (1, 1, 2, 2, 3, 3)]
+    assert "'tpu'" in refused(capsys, "explain", "--device", "tpu")
+    assert "--device sm_80" in refused(capsys, "explain", "--device", "sm_80", "--threads", "2")
+
+
 def test_warmup_says_where_kernels_are_kept(capsys):
     arguments = ["--operations", "max_pool2d,avg_pool2d", "--data-formats", "channels_first"]
     assert cli.main(["warmup", *arguments]) == 0
-    assert capsys.readouterr().out.startswith("2 operations ready in ")
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("max_pool2d float32 channels_first ")
+    assert second.startswith("avg_pool2d float32 channels_first ")
+    assert first.endswith(" s")
+    assert last.startswith("2 operations ready in ")
     assert "'conv9d'" in refused(capsys, "warmup", "--operations", "conv9d")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastconv import arrays, cli, registry
+from fastconv import cli, device_arrays, registry
 from fastconv.cuda import launch, run
 from fastconv.geometry import DIRECTIONS
 
@@ -321,7 +321,7 @@ def test_public_operations_are_compared_with_the_oracle(monkeypatch):
     monkeypatch.setattr(gpu_look, "PUBLIC", small)
     ours = registry.named("direct", "cuda")
     monkeypatch.setattr(gpu_look.registry, "on", lambda device: ours)
-    caches = (arrays._cupy_on, launch._stream, run._conv_launches)
+    caches = (device_arrays._cupy_on, launch._stream, run._conv_launches)
     for cache in caches:
         cache.cache_clear()
     found = gpu_look.public_operations("cupy", "float32")

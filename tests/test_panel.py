@@ -320,7 +320,7 @@ def test_a_process_of_its_own_measures_the_one_cell():
 # --- the README's table ----------------------------------------------------------------------------------------
 
 
-def test_the_table_shows_means_targets_and_every_layer_with_losses_in_bold():
+def test_the_readme_shows_means_targets_and_both_ends_and_a_file_every_layer_with_losses_in_bold():
     machine = {"cpu": "abacus", "features": ["beads"], "threads": 2, "versions": {"torch": "2"}}
     lost = {**cell(0.5, 0.25), "direction": "weight_grad"}
     training = {**CELL, "kind": "training", "network": "mnist", "layer": "training", "direction": "step", "images": 64}
@@ -328,9 +328,10 @@ def test_the_table_shows_means_targets_and_every_layer_with_losses_in_bold():
         "machine": machine,
         "cells": [cell(1.5, 2.0), lost, {**training, "entries": cell(2, 1)["entries"]}],
     }
-    text = readme.panel(results, "panel-abacus.json")
-    assert "| layer | forward | input_grad | weight_grad |" in text
-    assert "| net layer | 2.00 |  | **0.50** |" in text
-    assert "- 1 cells lost at highest, each level counted; in bold below" in text
+    text, every = readme.panel(results, "panel-abacus.json"), readme.layers(results, "panel-abacus.json")
+    assert "| layer | forward | input_grad | weight_grad |" in every
+    assert "| net layer | 2.00 |  | **0.50** |" in every
+    assert "- slower than PyTorch: 1 of 3 cells at highest (in bold; " in text
+    assert "| net layer weight_grad | **0.50** | net layer forward | 2.00 |" in text
     assert "- training mnist, highest: 128,000 images/s, PyTorch 64,000" in text
     assert "| training step | 1 | 2.00 | 1.6 | 2.00 |" in text

@@ -20,6 +20,7 @@ def test_the_figures_are_those_of_the_committed_results():
     finally:
         sys.path.remove(str(ROOT))
     assert readme.rendered(README) == README
+    assert readme.every_layer() == readme.LAYERS.read_text()
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))

@@ -444,6 +444,17 @@ for dtype in ("int32", "uint64", "float32", "bool"):
     recast(UNPOOL, "indices", dtype)
     recast((MAX_BACK, ADAPTIVE_MAX_BACK, UNPOOL_BACK), "indices", dtype, torch=False)
 
+for family, base in BASES.items():
+    for name in (name for name, value in base(2).items() if isinstance(value, np.ndarray)):
+        refuse(
+            family,
+            ArgumentTypeError,
+            rf"^{name} is a masked array",
+            torch=False,
+            label=f"{name}-masked",
+            **{name: lambda n, base=base, name=name: np.ma.masked_less(base(n)[name], 0)},
+        )
+
 # -- weight and bias against x
 CHANNELS = r"\b(weight|x|channels)\b"
 refuse(CONVS, ShapeError, CHANNELS, label="x-channels", x=lambda n: ramp(2, 5, *(6,) * n))

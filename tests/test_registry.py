@@ -109,6 +109,17 @@ def test_a_new_algorithm_serves_one_and_three_dimensions_half_types_and_transpos
     assert_close(y, reference.conv_transpose(x, weight[:4], stride=2))
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "absent"),
+    [("cpu", "direct_small", "implicit_gemm_tf32"), ("cuda", "implicit_gemm_tf32", "direct_small")],
+)
+def test_the_error_for_an_unknown_name_lists_those_of_the_device(device, there, absent):
+    with pytest.raises(fastconv.ArgumentError, match="algorithm must be one of 'auto', 'tune', ") as error:
+        registry.named("dirct", device)
+    assert repr(there) in str(error.value)
+    assert repr(absent) not in str(error.value)
+
+
 @pytest.mark.usefixtures("toy")
 def test_a_new_algorithm_is_listed_and_explained():
     (row,) = [c for c in fastconv.algorithms(GEOMETRY) if c.name == "toy"]

@@ -285,6 +285,22 @@ def test_the_table_says_what_the_list_says(direction):
         assert [line.endswith("<- auto") for line in lines] == [c.chosen for c in rows]
 
 
+def test_without_numba_cuda_the_list_for_a_gpu_says_what_to_install():
+    script = """
+import sys
+sys.modules["numba.cuda"] = None
+import fastconv
+geometry = fastconv.ConvGeometry.create((1, 3, 8, 8), (4, 3, 3, 3))
+for device in ("cuda", "sm_80"):
+    found = fastconv.algorithms(geometry, device)
+    assert [c.name for c in found] == [a.name for a in fastconv.registry.on("cuda")]
+    assert not any(c.supported or c.chosen for c in found)
+    assert all("pip install 'fastconv[cuda13]'" in c.reason for c in found)
+    assert fastconv.explain(geometry, device).count("pip install") == len(found)
+"""
+    run_python(script)
+
+
 def test_wrong_arguments_are_named():
     geometry = conv_problem(LARGE, "float32").geometry()
     with pytest.raises(fastconv.ArgumentError, match=r"device must be one of 'cpu', 'cuda', 'sm_75', .*, not 'tpu'"):

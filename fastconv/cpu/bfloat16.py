@@ -25,12 +25,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations import CODES
 from ..registry import Buffer
 from . import implicit_gemm, threads, units
 from .bfloat16_grads import JOBS_PER_SUM, grad_plan, grad_tasks
 from .bfloat16_tasks import tasks
 from .blocking import Phase, plain_phases
-from .epilogue import CODES
 from .machine import constants
 from .memory import address, extent_of, layout_of
 from .simd import AMX, COLUMNS, DEPTH, EMULATED, PLANES, VECTORS, tile_configuration

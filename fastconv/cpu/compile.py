@@ -232,8 +232,8 @@ def _constants(function: Any) -> tuple[Any, ...]:
 
 def _digest_of_sources() -> str:
     digest, here = hashlib.sha256(), Path(__file__).parent
-    # The constants of transforms are shared with other devices.
-    for path in [*sorted(here.glob("*.py")), here.parent / "minimal_filtering.py"]:
+    # The constants of transforms and activations are shared with other devices.
+    for path in [*sorted(here.glob("*.py")), here.parent / "minimal_filtering.py", here.parent / "activations.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

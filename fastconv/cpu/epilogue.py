@@ -12,17 +12,13 @@ from functools import lru_cache
 import numpy as np
 from numba import prange
 
+from ..activations import CODES, LEAKY_SLOPE
 from .compile import device, kernel, share, task
 from .memory import address
-from .simd import LEAKY_SLOPE, integers, load, store
-
-ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
-
+from .simd import integers, load, store
 
 # Elements worth a part of their own.
 PART = 16 * 1024
-# What the kernels compare with: 0 is "no activation".
-CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
 
 
 def apply(y, data_format, bias, activation):

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import allocator, compute_dtype, empty, in_format, lift, memory_format, out_format
+from ..geometry import first_spatial_axis, join_shape, planes_shape
 from . import epilogue, padding, pool, threads
 from .programs import Recorded
 from .workspace import layout_of, workspace
@@ -33,7 +34,7 @@ def conv_forward(choice, geometry, stored, x, weight, bias, activation, out, com
     dtype = inner.dtype
     x = _operand(g, stored, x, dtype if g.dtype.kind not in "iu" else x.dtype)
     if g.padding_mode != "zeros":
-        x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
+        x = padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
     if bias is not None:
         bias = np.ascontiguousarray(bias, dtype)
     if compute is None:
@@ -60,11 +61,11 @@ def conv_input_grad(choice, geometry, stored, grad_output, weight, out=None, bia
         bias = np.ascontiguousarray(bias, dtype)
     padded = g.padding_mode != "zeros"
     result, direct = _destination(g, stored, g.in_channels, g.input_size, dtype, out, (grad_output, weight, bias))
-    target = empty(_shape(stored, g.batch, g.in_channels, g.padded_size), dtype) if padded else result
+    target = empty(join_shape(g.batch, g.in_channels, g.padded_size, stored), dtype) if padded else result
     with workspace(choice.buffers) as lent:
         choice.algorithm.implementation.input_grad(inner, grad_output, weight, lift(target, stored), lent)
     if padded:
-        padding.fold_back(target, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1, result)
+        padding.fold_back(target, g.padding, g.padding_mode, first_spatial_axis(stored), result)
     epilogue.apply(lift(result, stored), stored, bias, activation)
     return _finish(g, stored, result, direct, out)
 
@@ -75,7 +76,7 @@ def conv_weight_grad(choice, geometry, stored, grad_output, x):
     dtype = inner.dtype
     x = _operand(g, stored, x, dtype)
     if g.padding_mode != "zeros":
-        x = padding.pad(x, g.padding, g.padding_mode, 2 if stored == "channels_first" else 1)
+        x = padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
     grad_output = lift(_operand(g, stored, grad_output, dtype), stored)
     result = empty(g.weight_shape, dtype)
     with workspace(choice.buffers) as lent:
@@ -127,7 +128,7 @@ def prepared_bias_grad(geometry):
     g = geometry
     if g.is_empty or compute_dtype(g.dtype) != g.dtype:
         return None
-    shape = _pixels_shape(_shape(g.data_format, g.batch, g.out_channels, g.output_size), g.data_format)
+    shape = _pixels_shape(join_shape(g.batch, g.out_channels, g.output_size, g.data_format), g.data_format)
     make = allocator((g.out_channels,), g.dtype)
 
     def run(grad_output, result=None):
@@ -206,17 +207,13 @@ def _operand(geometry, stored, array, dtype):
     return in_format(array, geometry.data_format, stored, dtype)
 
 
-def _shape(stored, batch, channels, spatial):
-    return (batch, channels, *spatial) if stored == "channels_first" else (batch, *spatial, channels)
-
-
 def _destination(geometry, stored, channels, spatial, dtype, out, inputs):
     """Return memory for the result, and whether it is that of `out`."""
     if out is not None and out.dtype == dtype and not arrays.overlap(out, *inputs):
         moved = out_format(out, geometry.data_format, stored)
         if moved.flags.c_contiguous and moved.flags.aligned:
             return moved, True
-    return empty(_shape(stored, geometry.batch, channels, spatial), dtype), False
+    return empty(join_shape(geometry.batch, channels, spatial, stored), dtype), False
 
 
 def _finish(geometry, stored, result, is_out, out):
@@ -238,23 +235,14 @@ def _finish(geometry, stored, result, is_out, out):
 
 
 def _as_planes(array, data_format, stored, dtype):
-    """Return the array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
+    """Return the array as pooling kernels see it."""
     array = in_format(array, data_format, stored, dtype)
-    return array.reshape(_planes(stored, array.shape))
-
-
-def _planes(stored, shape):
-    """Return the shape of an array, which may have no batch, as pooling kernels see it."""
-    N, C, spatial = (
-        (shape[0], shape[1], shape[2:]) if stored == "channels_first" else (shape[0], shape[-1], shape[1:-1])
-    )
-    spatial = (1,) * (3 - len(spatial)) + spatial
-    return (N * C, *spatial, 1) if stored == "channels_first" else (N, *spatial, C)
+    return array.reshape(planes_shape(array.shape, stored))
 
 
 def _planes_of(geometry, stored, spatial):
     """Return the shape of a pool's input or output, as pooling kernels see it."""
-    return _planes(stored, _shape(stored, geometry.batch, geometry.channels, spatial))
+    return planes_shape(join_shape(geometry.batch, geometry.channels, spatial, stored), stored)
 
 
 def _pool_dtype(dtype):
@@ -280,7 +268,7 @@ def max_pool(geometry, x, return_indices):
     """Return (maxima, int64 indices or None)."""
     g = geometry
     stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
-    shape = _shape(stored, g.batch, g.channels, g.output_size)
+    shape = join_shape(g.batch, g.channels, g.output_size, stored)
     y, indices = empty(shape, dtype), empty(shape, np.int64) if return_indices else None
     _maximum(g, stored, dtype, return_indices)(in_format(x, g.data_format, stored, dtype), y, indices)
     if indices is not None:
@@ -326,8 +314,8 @@ def prepared_max_pool_backward(grad_output, indices, input_shape, data_format):
     dtype = grad_output.dtype
     if _pool_dtype(dtype) != dtype:
         return None
-    shape = _planes(data_format, grad_output.shape)
-    sizes = _planes(data_format, (1,) * (grad_output.ndim - len(input_shape)) + input_shape)[1:4]
+    shape = planes_shape(grad_output.shape, data_format)
+    sizes = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
     compute, make = pool.scatter_add(dtype, shape, sizes, indices), allocator(input_shape, dtype)
 
     def run(grad_output, indices, dx=None):
@@ -344,10 +332,9 @@ def max_unpool(x, indices, batch, channels, output_size, data_format):
 
 def _scattered(how, values, indices, batch, channels, spatial, data_format):
     stored, dtype = stored_format(values, data_format), _pool_dtype(values.dtype)
-    pooled = values.shape[2:] if data_format == "channels_first" else values.shape[1:-1]
-    target = empty(_shape(stored, batch, channels, spatial), dtype)
-    shape, sizes = _planes(stored, _shape(stored, batch, channels, pooled)), _planes(stored, target.shape)[1:4]
+    target = empty(join_shape(batch, channels, spatial, stored), dtype)
     where = in_format(indices, data_format, stored, np.dtype(np.int64))
+    shape, sizes = planes_shape(where.shape, stored), planes_shape(target.shape, stored)[1:4]
     valid = how(dtype, shape, sizes, where)(in_format(values, data_format, stored, dtype), where, target)
     return _given_back(target, stored, data_format, values.dtype), valid
 
@@ -355,10 +342,10 @@ def _scattered(how, values, indices, batch, channels, spatial, data_format):
 def max_unpool_backward(grad_output, indices, batch, channels, input_size, data_format):
     """Return (gradient at each index, whether all indices were inside the plane)."""
     stored, dtype = stored_format(grad_output, data_format), _pool_dtype(grad_output.dtype)
-    dx = empty(_shape(stored, batch, channels, input_size), dtype)
+    dx = empty(join_shape(batch, channels, input_size, stored), dtype)
     grad = _as_planes(grad_output, data_format, stored, dtype)
     where = _as_planes(indices, data_format, stored, np.dtype(np.int64))
-    valid = pool.gather(grad, where, dx.reshape(_planes(stored, dx.shape)))
+    valid = pool.gather(grad, where, dx.reshape(planes_shape(dx.shape, stored)))
     return _given_back(dx, stored, data_format, grad_output.dtype), valid
 
 
@@ -366,13 +353,13 @@ def avg_pool(geometry, x, count_include_pad, divisor):
     """Return the average of each window."""
     g = geometry
     stored, dtype = stored_format(x, g.data_format), _pool_dtype(x.dtype)
-    y = empty(_shape(stored, g.batch, g.channels, g.output_size), dtype)
+    y = empty(join_shape(g.batch, g.channels, g.output_size, stored), dtype)
     if dtype.kind == "f":
         x_ = in_format(x, g.data_format, stored, dtype)
         _average(g, stored, dtype, count_include_pad, divisor)(x_, y)
     else:
         planes = _as_planes(x, g.data_format, stored, dtype)
-        pool.average_integers(planes, g.windows, y.reshape(_planes(stored, y.shape)), count_include_pad, divisor)
+        pool.average_integers(planes, g.windows, y.reshape(planes_shape(y.shape, stored)), count_include_pad, divisor)
     return _given_back(y, stored, g.data_format, x.dtype)
 
 
@@ -405,7 +392,7 @@ def avg_pool_backward(geometry, grad_output, count_include_pad, divisor):
     """Return the gradient of the average with respect to its input."""
     g = geometry
     stored, dtype = stored_format(grad_output, g.data_format), _pool_dtype(grad_output.dtype)
-    dx = empty(_shape(stored, g.batch, g.channels, g.input_size), dtype)
+    dx = empty(join_shape(g.batch, g.channels, g.input_size, stored), dtype)
     _average_grad(g, stored, dtype, count_include_pad, divisor)(
         in_format(grad_output, g.data_format, stored, dtype), dx
     )

@@ -25,12 +25,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..activations import LEAKY_SLOPE
 from ..minimal_filtering import filtering, transposed
 
 _I8P, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
-
-# What leaky ReLU multiplies negative numbers by.
-LEAKY_SLOPE = 0.01
 
 # Bytes ahead of the panel that are fetched: measured on packed panels of 64 to 256 kB.
 PREFETCH = 512

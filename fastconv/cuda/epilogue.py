@@ -3,17 +3,16 @@
     y = activate(sum + bias[k], code)
 
 A kernel closes over the code, and the compiler drops the branches that it does not take. Numbers are float32 or
-float64; what is not a number passes through. The codes and the slope are those of the CPU.
+float64; what is not a number passes through.
 """
 
 from __future__ import annotations
 
 import math
 
-ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
-# What kernels compare with: 0 is "no activation".
-CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
-LEAKY_SLOPE = 0.01
+from ..activations import CODES, LEAKY_SLOPE
+
+__all__ = ["CODES", "activate"]
 
 
 def activate(value, code):

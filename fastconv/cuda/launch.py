@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import device_arrays
 from ..errors import ArgumentError, ArgumentTypeError, MissingDependencyError, UnsupportedError
 from . import toolchain
 from .architecture import Architecture, on_capability
@@ -136,7 +136,7 @@ class Launcher:
 
     def stream(self, value: Any) -> Any:
         """Return the stream on which the library of an array works at present, as a launch takes it."""
-        return _stream(self._driver, arrays.stream_handle(value))
+        return _stream(self._driver, device_arrays.stream_handle(value))
 
 
 def stream(handle: int) -> Any:

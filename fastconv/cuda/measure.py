@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import device_arrays
 from . import launch, run
 
 
@@ -18,7 +18,7 @@ def timed(
     choices: Collection[Any], direction: str, operands: Mapping[str, np.ndarray]
 ) -> dict[str, Callable[[], float]]:
     """Return for each choice of an algorithm a function that computes, waits, and returns the seconds it took."""
-    library = arrays.gpu_library()
+    library = device_arrays.gpu_library()
     with library.current():
         given = {name: library.adopt(name, library.from_host(array)) for name, array in operands.items()}
         like = {"forward": "grad_output", "input_grad": "x", "weight_grad": "weight"}[direction]

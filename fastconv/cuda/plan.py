@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arrays import DeviceArray
+from ..device_arrays import DeviceArray
 from ..geometry import ConvGeometry
 from .run import conv_forward
 

@@ -5,7 +5,7 @@ memory is laid out so (copied only if it is not so already), results and workspa
 library, on its device and stream, and steps are compiled once and launched with addresses. It has run against a driver
 that emulates, on no GPU.
 
-All arrays are `arrays.DeviceArray`s with a batch, in the format of the geometry.
+All arrays are `device_arrays.DeviceArray`s with a batch, in the format of the geometry.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import config
-from ..arrays import ALIGNMENT, DeviceArray, DeviceLibrary, NumpyArrays, library_of
+from ..arrays import NumpyArrays, library_of
+from ..device_arrays import ALIGNMENT, DeviceArray, DeviceLibrary
 from ..errors import ArgumentError, UnsupportedError
-from ..geometry import ConvGeometry, PoolGeometry
+from ..geometry import ConvGeometry, PoolGeometry, first_spatial_axis, join_shape, planes_shape
 from ..registry import Buffer, workspace_bytes
 from . import bias, im2col, launch, padding, pool
 from .compile import compile_kernel
@@ -173,11 +174,8 @@ def conv_forward(
     """Return activation(conv(x, weight) + bias), in `out` if that is given."""
     g, library = geometry, x.library
     with library.current():
-        x = _laid_out(x, g.data_format, stored)
-        if g.padding_mode != "zeros":
-            x = padding.pad(x, g.padding, g.padding_mode, _first_axis(stored))
-        operands = {"x": x, "weight": _contiguous(weight), "bias": _contiguous(bias)}
-        shape = _shape(stored, g.batch, g.out_channels, g.output_size)
+        operands = {"x": _padded(x, g, stored), "weight": _contiguous(weight), "bias": _contiguous(bias)}
+        shape = join_shape(g.batch, g.out_channels, g.output_size, stored)
         return _computed(choice, "forward", g, stored, shape, operands, activation, out)
 
 
@@ -199,12 +197,13 @@ def conv_input_grad(
             "weight": _contiguous(weight),
             "bias": _contiguous(bias),
         }
-        shape = _shape(stored, g.batch, g.in_channels, g.padded_size if g.padding_mode != "zeros" else g.input_size)
+        size = g.padded_size if g.padding_mode != "zeros" else g.input_size
+        shape = join_shape(g.batch, g.in_channels, size, stored)
         if g.padding_mode == "zeros":
             return _computed(choice, "input_grad", g, stored, shape, operands, activation, out)
         padded = library.empty(shape, g.dtype)
         compute(choice, "input_grad", library, {**operands, "out": padded}, None)
-        folded = padding.fold_back(padded, g.padding, g.padding_mode, _first_axis(stored))
+        folded = padding.fold_back(padded, g.padding, g.padding_mode, first_spatial_axis(stored))
         return _given_back(folded, stored, g.data_format, out)
 
 
@@ -214,13 +213,20 @@ def conv_weight_grad(
     """Return the gradient with respect to the weight."""
     g, library = geometry, x.library
     with library.current():
-        x = _laid_out(x, g.data_format, stored)
-        if g.padding_mode != "zeros":
-            x = padding.pad(x, g.padding, g.padding_mode, _first_axis(stored))
         result = library.empty(g.weight_shape, g.dtype)
-        operands = {"grad_output": _laid_out(grad_output, g.data_format, stored), "x": x, "out": result}
+        operands = {
+            "grad_output": _laid_out(grad_output, g.data_format, stored),
+            "x": _padded(x, g, stored),
+            "out": result,
+        }
         compute(choice, "weight_grad", library, operands, None)
         return result
+
+
+def _padded(x: DeviceArray, g: ConvGeometry, stored: str) -> DeviceArray:
+    """Return the input as kernels take it: in the format to compute in, its padding mode carried out."""
+    x = _laid_out(x, g.data_format, stored)
+    return x if g.padding_mode == "zeros" else padding.pad(x, g.padding, g.padding_mode, first_spatial_axis(stored))
 
 
 def bias_grad(grad_output: DeviceArray, data_format: str) -> DeviceArray:
@@ -272,9 +278,7 @@ def compute(
     activation: str | None,
 ) -> None:
     """Write what an algorithm computes to `out`, through bias and activation."""
-    result, bias = arrays["out"], arrays.get("bias")
-    assert result is not None, "somebody wants the result"
-    launches = _launches(choice, direction, activation, bias is not None, library)
+    launches = _launches(choice, direction, activation, arrays.get("bias") is not None, library)
     _run(launches, library, arrays, choice.buffers)
 
 
@@ -430,14 +434,6 @@ def _overlap(a: DeviceArray, b: DeviceArray | None) -> bool:
     return a.address < b.address + b.nbytes and b.address < a.address + a.nbytes
 
 
-def _shape(stored: str, batch: int, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    return (batch, channels, *spatial) if stored == "channels_first" else (batch, *spatial, channels)
-
-
-def _first_axis(stored: str) -> int:
-    return 2 if stored == "channels_first" else 1
-
-
 # --- pooling ---------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +458,7 @@ def _pooled(
     stored = stored_format(given, g.data_format)
     with library.current():
         source = _laid_out(given, g.data_format, stored)
-        shape = _shape(stored, g.batch, g.channels, g.input_size if backward else g.output_size)
+        shape = join_shape(g.batch, g.channels, g.input_size if backward else g.output_size, stored)
         out = library.empty(shape, given.dtype)
         where = library.empty(shape, np.dtype(np.int64)) if indices else None
         launches = _launches_of(make, library, replace(g, data_format=stored), given.dtype, *arguments)
@@ -503,10 +499,8 @@ def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: Device
             "x": _converted(_laid_out(x, g.data_format, stored), dtype),
             "grad_output": _converted(_laid_out(grad_output, g.data_format, stored), dtype),
         }
-        inside, out = (
-            replace(g, data_format=stored),
-            library.empty(_shape(stored, g.batch, g.channels, g.input_size), dtype),
-        )
+        inside = replace(g, data_format=stored)
+        out = library.empty(join_shape(g.batch, g.channels, g.input_size, stored), dtype)
         launches = _launches_of(pool.lp_pool_grad, library, inside, dtype, power)
         _run(launches, library, {**operands, "out": out}, pool.lp_pool_grad_workspace(inside, dtype))
         return _moved(_converted(out, x.dtype), stored, g.data_format)
@@ -529,8 +523,8 @@ def _scattered(
     _require_floating("max_unpool" if latest else "max_pool_backward", values)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
-        out = library.empty(_shape(stored, batch, channels, spatial), values.dtype)
-        shape, size = _planes(source.shape, stored), _planes(out.shape, stored)[1:4]
+        out = library.empty(join_shape(batch, channels, spatial, stored), values.dtype)
+        shape, size = planes_shape(source.shape, stored), planes_shape(out.shape, stored)[1:4]
         launches = _launches_of(pool.scatter, library, shape, size, values.dtype, latest)
         buffers = pool.scatter_workspace(shape, size)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out}, buffers)
@@ -561,21 +555,12 @@ def max_unpool_backward(
     _require_floating("max_unpool_backward", grad_output)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (grad_output, indices))
-        out = library.empty(_shape(stored, batch, channels, input_size), grad_output.dtype)
-        outer, *windows, inner = _planes(out.shape, stored)
-        size = math.prod(_planes(source.shape, stored)[1:4])
+        out = library.empty(join_shape(batch, channels, input_size, stored), grad_output.dtype)
+        outer, *windows, inner = planes_shape(out.shape, stored)
+        size = math.prod(planes_shape(source.shape, stored)[1:4])
         launches = _launches_of(pool.gather, library, (outer, math.prod(windows), inner), size, grad_output.dtype)
         _run(launches, library, {"grad_output": source, "indices": where, "out": out})
         return _moved(out, stored, data_format), True
-
-
-def _planes(shape: tuple[int, ...], stored: str) -> tuple[int, ...]:
-    """Return the shape of an array as pooling kernels see it: (N*C, D, H, W, 1) or (N, D, H, W, C)."""
-    N, C, *spatial = shape
-    if stored == "channels_last":
-        *spatial, C = shape[1:]
-    spatial = [1] * (3 - len(spatial)) + list(spatial)
-    return (N * C, *spatial, 1) if stored == "channels_first" else (N, *spatial, C)
 
 
 def _prepared_pool(
@@ -618,8 +603,8 @@ def prepared_max_pool_backward(
     grad_output: DeviceArray, indices: DeviceArray, input_shape: tuple[int, ...], data_format: str
 ) -> Prepared | None:
     """Return a function of (grad_output, indices) that is a whole call, or None; the arrays have a batch."""
-    dtype, shape = grad_output.dtype, _planes(grad_output.shape, data_format)
-    size = _planes((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
+    dtype, shape = grad_output.dtype, planes_shape(grad_output.shape, data_format)
+    size = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
     if dtype.name not in SUPPORTED:
         return None
 

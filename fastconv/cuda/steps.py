@@ -47,7 +47,7 @@ class Call(NamedTuple):
     Attributes
     ----------
     operation : str
-        "matmul", "rfftn" or "irfftn": a method of `arrays.DeviceLibrary`, which writes to its last argument.
+        "matmul", "rfftn" or "irfftn": a method of `device_arrays.DeviceLibrary`, which writes to its last argument.
     arguments : tuple of str
         Names of arrays, of operands, results or workspace buffers.
     shapes : tuple of tuples of int

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..activations import ACTIVATIONS, LEAKY_SLOPE
 from ..arrays import empty
 from ..errors import ArgumentError, ShapeError
 from ..geometry import flag
-from ..ops.convolution import ACTIVATIONS
 from ..ops.masks import masked
 from .module import Array, Module, Shape
-
-# Slope of activation="leaky_relu", in the operations too.
-LEAKY_SLOPE = 0.01
 
 
 def empty_like(values: Array, dtype: np.dtype) -> Array:

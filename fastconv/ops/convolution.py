@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import arrays, calls, selection
+from ..activations import ACTIVATIONS
 from ..arrays import FLOATING, INTEGER8
 from ..errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
 from ..geometry import PADDING_MODES, ConvGeometry, one_of
 from ._entries import as_given, batched, entries, runner
 
-ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 NEEDS = ("input", "weight", "bias")
 
 

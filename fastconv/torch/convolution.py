@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..activations import LEAKY_SLOPE
 from ..geometry import ConvGeometry, sizes
 from ..ops import convolution as ops
 from ..ops import transposed
@@ -40,7 +41,7 @@ from ._operators import (
 # The gradient of each activation from its result.
 _ACTIVATION_GRADS: dict[str, Callable[..., torch.Tensor]] = {
     "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
-    "leaky_relu": lambda grad, y: torch.ops.aten.leaky_relu_backward(grad, y, 0.01, True),
+    "leaky_relu": lambda grad, y: torch.ops.aten.leaky_relu_backward(grad, y, LEAKY_SLOPE, True),
     "sigmoid": lambda grad, y: torch.ops.aten.sigmoid_backward(grad, y),
     "tanh": lambda grad, y: torch.ops.aten.tanh_backward(grad, y),
 }

@@ -17,7 +17,7 @@ if hardware.MODE:
 
 import gpu  # with the emulator, or what is in its place
 
-from fastconv import arrays, calls
+from fastconv import calls, device_arrays
 from fastconv.cuda import launch, run
 
 
@@ -38,5 +38,5 @@ def cupy(monkeypatch):
 def forget():
     calls.known.clear()
     made = (run._conv_launches, run._launches_of, run._bias_grad_launches)
-    for cache in (arrays._cupy_on, launch._stream, *made):
+    for cache in (device_arrays._cupy_on, launch._stream, *made):
         cache.cache_clear()

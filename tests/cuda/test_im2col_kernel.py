@@ -7,10 +7,12 @@ from hypothesis import given, settings, strategies
 from support import DIRECTIONS, conv_problem, normal, whole
 
 import fastconv
-from fastconv import arrays, registry
+from fastconv import registry
+from fastconv.arrays import NumpyArrays
 from fastconv.cuda import fft, im2col
 from fastconv.cuda.compile import budget, compile_kernel, sass
 from fastconv.cuda.steps import Call, Step
+from fastconv.device_arrays import _TorchOnDevice
 from fastconv.testing import ConvCase, assert_close
 
 FORMATS = ("channels_first", "channels_last")
@@ -117,8 +119,8 @@ def test_half_types_are_refused(name):
 
 def test_libraries_do_the_same():
     torch = pytest.importorskip("torch")
-    libraries = (arrays.NumpyArrays, np.asarray, np.zeros), (
-        arrays._TorchOnDevice(0), torch.from_numpy, lambda shape, dtype: torch.zeros(shape, dtype=getattr(torch, dtype))
+    libraries = (NumpyArrays, np.asarray, np.zeros), (
+        _TorchOnDevice(0), torch.from_numpy, lambda shape, dtype: torch.zeros(shape, dtype=getattr(torch, dtype))
     )  # fmt: skip
     a, b = (normal(n, shape=s, dtype="float32") for n, s in (("a", (2, 3, 4)), ("b", (2, 4, 5))))
     for library, put, zeros in libraries:

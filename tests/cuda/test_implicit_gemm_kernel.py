@@ -9,10 +9,10 @@ from support import DIRECTIONS, LAYOUTS, conv_problem, whole
 
 import fastconv
 from fastconv import reference
+from fastconv.activations import ACTIVATIONS
 from fastconv.cuda import implicit_gemm, run
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
-from fastconv.cuda.epilogue import ACTIVATIONS
 from fastconv.cuda.gemm_kernels import Tile
 from fastconv.testing import ConvCase, assert_close
 

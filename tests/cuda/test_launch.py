@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import arrays
+from fastconv import device_arrays
 from fastconv.cuda import launch
 from fastconv.cuda.compile import CompiledKernel
 
@@ -123,17 +123,17 @@ def interface(shape, strides=None, stream=None):
 
 
 def test_addresses_come_from_the_array_interface():
-    assert arrays.device_address("x", interface((2, 3))) == 64
-    assert arrays.device_address("x", interface((2, 3), (12, 4))) == 64
+    assert device_arrays.device_address("x", interface((2, 3))) == 64
+    assert device_arrays.device_address("x", interface((2, 3), (12, 4))) == 64
     with pytest.raises(fastconv.ArgumentTypeError, match="x must be C-contiguous"):
-        arrays.device_address("x", interface((2, 3), (4, 8)))
+        device_arrays.device_address("x", interface((2, 3), (4, 8)))
     with pytest.raises(fastconv.ArgumentTypeError, match="x must be an array on a GPU, not ndarray"):
-        arrays.device_address("x", np.zeros(3))
+        device_arrays.device_address("x", np.zeros(3))
 
 
 def test_streams_come_from_the_array_interface():
-    assert arrays.stream_handle(interface((1,), stream=1)) == 0
-    assert arrays.stream_handle(interface((1,), stream=77)) == 77
+    assert device_arrays.stream_handle(interface((1,), stream=1)) == 0
+    assert device_arrays.stream_handle(interface((1,), stream=77)) == 77
     driver = Driver()
     run = launch.Launcher(compiled(), (1,), (32,), using=driver)
     assert run.stream(interface((1,), stream=77)) == "stream 77"

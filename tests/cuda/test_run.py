@@ -9,7 +9,7 @@ import pytest
 from support import normal, whole
 
 import fastconv
-from fastconv import arrays, reference, registry, tuning
+from fastconv import arrays, device_arrays, reference, registry, tuning
 from fastconv.cuda import direct, launch, run, winograd
 from fastconv.cuda.gemm_kernels import Tile
 from fastconv.cuda.steps import Step
@@ -418,7 +418,7 @@ def test_without_a_driver_the_error_says_what_is_missing(cupy, monkeypatch):
 
 def test_tensors_on_a_gpu_are_adopted():
     torch = pytest.importorskip("torch")
-    library = arrays._torch_on(0)
+    library = device_arrays._torch_on(0)
     # A tensor on the CPU has the same members.
     tensor = torch.arange(24.0).reshape(1, 2, 3, 4).to(torch.bfloat16)
     held = library.adopt("x", tensor)

@@ -13,10 +13,10 @@ from support import DIRECTIONS, PROMISES, conv_problem, normal, whole
 
 import fastconv
 from fastconv import reference, selection
+from fastconv.activations import ACTIVATIONS
 from fastconv.cuda import direct, ptx, run, tensor_core, tensor_core_kernels
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
-from fastconv.cuda.epilogue import ACTIVATIONS
 from fastconv.cuda.faults import UninitialisedError
 from fastconv.cuda.tensor_core import BF16, BF16X3, BF16X6, MMA, TF32, TF32X3
 from fastconv.cuda.tensor_core_kernels import Tile
