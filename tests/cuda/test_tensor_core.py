@@ -280,7 +280,7 @@ KINDS = [
     ("MMA", MMA, "channels_last", "forward", HERE),
     ("MMA", MMA, "channels_first", "forward", ["sm_80", "sm_90a"]),
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
-    ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a"]),
+    ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a", "sm_120"]),
     ("BF16X6", BF16X6, "channels_last", "forward", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
 ]
