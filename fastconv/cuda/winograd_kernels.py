@@ -16,7 +16,7 @@ the transforms amplify rounding errors. Nothing here has run on a GPU.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,8 +72,32 @@ def tile_place(wide: bool) -> Any:
     return place
 
 
+class Planes(NamedTuple):
+    """What tiles are transformed to: float32, or planes of a smaller type, each the rounded rest of those before."""
+
+    element: Element
+    number: int
+
+    def storer(self, lanes: int) -> Any:
+        """Return the function that stores neighbours from registers, from register `of` on, which it changes."""
+        number, store, widen, narrow = self.number, storer(self.element, lanes), self.element.widen, self.element.narrow
+
+        def put(matrices, at, plane, registers, of):
+            for p in range(number):
+                store(matrices, at, registers, of)
+                if p + 1 < number:
+                    at = at + plane
+                    for lane in range(lanes):
+                        registers[of + lane] -= widen(narrow(registers[of + lane]))
+
+        return put
+
+
+PLAIN = Planes(_F32, 1)
+
+
 @lru_cache(maxsize=32)
-def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -> Any:
+def transform_image(name: str, matrix: Matrix, m: int, lanes: int, planes: Planes, wide: bool) -> Any:
     """Return the kernel that transforms tiles of an image, `m` apart, and zeros around it, to rows of matrices.
 
     The numbers of channels are those of a block of taps after another. `rows` tiles are written from `first` on, zeros
@@ -82,12 +106,12 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
     height, window = len(matrix), len(matrix[0])
     column_size, half_size, row_size = window * lanes, height * window * lanes, height * lanes
     index, divide = index_type(wide), divided(wide)
-    place_of, transform, load, store = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes), storer(_F32, lanes)
+    place_of, transform, load, put = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes), planes.storer(lanes)
 
     def kernel(
         image, matrices, total, low, rows, high, first, tiles, inner, depth, position_step, group_step, row_step,
-        image_step, channel_step, pixel_step, D, H, W, tiles_h, tiles_w, depths, A, B, dilation_d, dilation_h,
-        dilation_w, low_d, low_h, low_w,
+        plane_step, image_step, channel_step, pixel_step, D, H, W, tiles_h, tiles_w, depths, A, B, dilation_d,
+        dilation_h, dilation_w, low_d, low_h, low_w,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
@@ -121,9 +145,10 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
             for i in range(height):
                 transform(half, i * window * lanes, lanes, results, 0, lanes)
                 for j in range(height):
-                    store(matrices, index(to + (i * height + j) * position_step), results, j * lanes)
+                    put(matrices, index(to + (i * height + j) * position_step), plane_step, results, j * lanes)
 
     kernel.__name__ = f"winograd_{name}_{height}_lanes{lanes}"
+    kernel.__name__ += f"_planes{planes.number}" if planes.number > 1 else ""
     return kernel
 
 
