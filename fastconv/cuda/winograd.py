@@ -29,6 +29,7 @@ from ..minimal_filtering import Problem, filtering, problem, transposed
 from ..registry import Buffer
 from . import roofline, toolchain, winograd_kernels
 from .architecture import Architecture
+from .elements import Element
 from .epilogue import CODES
 from .gemm_kernels import Tile
 from .indices import needs_wide, step
@@ -88,7 +89,7 @@ class Winograd:
     def supports(self, geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
         """Every stride 1 and every kernel that is more than a row or a column."""
         g = geometry
-        if g.dtype != np.float32:
+        if g.dtype.name not in ("float32", "float16", "bfloat16"):
             return False, f"the tiles are float32, not {g.dtype}"
         if set(g.stride) != {1}:
             return False, f"tiles need stride 1, not {max(g.stride)}"
@@ -178,6 +179,7 @@ class Launches:
 
     def __init__(self, g: ConvGeometry, m: int, sizes: Sizes, architecture: str, planes: Planes = PLAIN) -> None:
         self.g, self.m, self.sizes, self.problem, self.planes = g, m, sizes, sizes.problem, planes
+        self.element = Element.of(g.dtype)
         self.matrices, self.t2 = filtering(m), (m + 2) ** 2
         self.asynchronous = Architecture.named(architecture).capability >= 80
         self.last = g.data_format == "channels_last"
@@ -200,7 +202,7 @@ class Launches:
             g.out_channels // g.groups * filter_, inner_step, target_step, taps - 1 if p.reversed else 0,
             *p.kernel[1:], *p.blocks[1:],
         )  # fmt: skip
-        kernel = winograd_kernels.transform_weight(self.matrices.taps, self.wide)
+        kernel = winograd_kernels.transform_weight(self.matrices.taps, self.element, self.wide)
         return [self._step(kernel, ("weight", "U"), numbers, total)]
 
     def before_gradient(self) -> list[Step]:
@@ -240,12 +242,12 @@ class Launches:
             *self._steps(s.depth, s.targets), p.targets * p.inner * taps, taps, p.inner * taps, *p.kernel[1:],
             *p.blocks[1:],
         )  # fmt: skip
-        kernel = winograd_kernels.transform_sums(transposed(self.matrices.taps), self.wide)
+        kernel = winograd_kernels.transform_sums(transposed(self.matrices.taps), self.element, self.wide)
         return self._step(kernel, ("sums", "out"), numbers, total)
 
     def _image(self, source: str, target: str, first: int, count: int, extent: int) -> Step:
         """V, or Y, of tiles of x or of the output gradient: `extent` elements of each row."""
-        g, p, s, planes = self.g, self.problem, self.sizes, self.planes
+        g, p, s = self.g, self.problem, self.sizes
         size, channels = (g.input_size, g.in_channels) if source == "x" else (g.output_size, g.out_channels)
         if target == "V":
             name, matrix, row, inner, blocks, low_at = "input", self.matrices.input, s.depth, p.inner, p.blocks, p.low
@@ -260,8 +262,8 @@ class Launches:
             self.t2 * g.groups * s.tiles * row, *self._strides(channels, size), *size, *p.tiles, p.size[0],
             *blocks[1:], *p.dilation, *low_at,
         )  # fmt: skip
-        kernel = winograd_kernels.transform_image(name, matrix, self.m, lanes, planes, self.wide)
-        return self._step(kernel, (source, target), numbers, total, planes.element.pointer)
+        kernel = winograd_kernels.transform_image(name, matrix, self.m, lanes, self.element, self.planes, self.wide)
+        return self._step(kernel, (source, target), numbers, total)
 
     def _output(self, first: int, count: int, bias: bool, code: int) -> Step:
         g, p, s = self.g, self.problem, self.sizes
@@ -273,7 +275,9 @@ class Launches:
             *self._strides(g.groups * p.targets, p.size), *p.size[1:], *p.tiles, p.size[0], *p.dilation[1:],
         )  # fmt: skip
         across = not self.last and p.size[2] % self.m == 0 and p.dilation[2] == 1
-        kernel = winograd_kernels.transform_output(self.matrices.output, lanes, across, self.wide, bias, code)
+        kernel = winograd_kernels.transform_output(
+            self.matrices.output, lanes, across, self.element, self.wide, bias, code
+        )
         return self._step(kernel, ("M", "bias", "out"), numbers, total)
 
     def _product(
@@ -288,7 +292,7 @@ class Launches:
         chain = (CHAINS if rows_first else TILE_CHAINS)[self.m]
         kernel = winograd_kernels.batched_product(tile, rows_first, chain, self.asynchronous, self.wide)
         grid = (row_tiles, s.targets // tile.columns, count * parts)
-        made = step(kernel, [(name, _F32) for name in (a, b, c)], numbers, self.wide, grid, (tile.threads,))
+        made = step(kernel, self._arrays(a, b, c), numbers, self.wide, grid, (tile.threads,))
         shared = tile.stages * (tile.rows + tile.columns) * tile.depth * 4
         return made._replace(shared_bytes=shared, launch_bounds=(tile.threads, tile.blocks))
 
@@ -309,11 +313,13 @@ class Launches:
         plane = math.prod(size)
         return (channels * plane, 1, channels) if self.last else (channels * plane, plane, 1)
 
-    def _step(
-        self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int, written: Any = _F32
-    ) -> Step:
-        arrays = [(name, _F32) for name in names[:-1]] + [(names[-1], written)]
-        return step(kernel, arrays, numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+    def _step(self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int) -> Step:
+        return step(kernel, self._arrays(*names), numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+
+    def _arrays(self, *names: str) -> list[tuple[str, Any]]:
+        """Return arrays with their types: workspace is float32, or planes, the others are what is convolved."""
+        types = {"V": self.planes.element.pointer, "Y": self.planes.element.pointer, "U": _F32, "M": _F32, "sums": _F32}
+        return [(name, types.get(name, self.element.pointer)) for name in names]
 
 
 F2 = Winograd(2, 4096)

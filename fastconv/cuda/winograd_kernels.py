@@ -96,8 +96,8 @@ class Planes(NamedTuple):
 PLAIN = Planes(_F32, 1)
 
 
-@lru_cache(maxsize=32)
-def transform_image(name: str, matrix: Matrix, m: int, lanes: int, planes: Planes, wide: bool) -> Any:
+@lru_cache(maxsize=64)
+def transform_image(name: str, matrix: Matrix, m: int, lanes: int, element: Element, planes: Planes, wide: bool) -> Any:
     """Return the kernel that transforms tiles of an image, `m` apart, and zeros around it, to rows of matrices.
 
     The numbers of channels are those of a block of taps after another. `rows` tiles are written from `first` on, zeros
@@ -106,7 +106,8 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, planes: Plane
     height, window = len(matrix), len(matrix[0])
     column_size, half_size, row_size = window * lanes, height * window * lanes, height * lanes
     index, divide = index_type(wide), divided(wide)
-    place_of, transform, load, put = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes), planes.storer(lanes)
+    place_of, transform = tile_place(wide), linear(matrix, lanes)
+    load, put = loader(element, lanes), planes.storer(lanes)
 
     def kernel(
         image, matrices, total, low, rows, high, first, tiles, inner, depth, position_step, group_step, row_step,
@@ -152,8 +153,8 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, planes: Plane
     return kernel
 
 
-@lru_cache(maxsize=8)
-def transform_weight(matrix: Matrix, wide: bool) -> Any:
+@lru_cache(maxsize=32)
+def transform_weight(matrix: Matrix, element: Element, wide: bool) -> Any:
     """Return the kernel that transforms blocks of 3x3 taps to U, zero beyond the channels that there are.
 
     Eight targets, then the depth, then further targets and groups; `last` is the last tap if they are reversed, or 0.
@@ -161,7 +162,7 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     height, window = len(matrix), len(matrix[0])
     half_size = height * window
     index, divide = index_type(wide), divided(wide)
-    transform = linear(matrix, 1)
+    transform, widen = linear(matrix, 1), element.widen
 
     def kernel(
         weight, matrices, total, low, rows, high, inner, depth, targets, position_step, group_step, row_step,
@@ -187,7 +188,7 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
                     tap = index((t * R + r) * S + s)
                     column[i] = float32(0)
                     if exists & (r < R) & (s < S):
-                        column[i] = weight[index(from_ + (last - tap if last > 0 else tap))]
+                        column[i] = widen(weight[index(from_ + (last - tap if last > 0 else tap))])
                 transform(column, 0, 1, half, j, window)
             to = index(group * group_step + row * row_step + k)
             for i in range(height):
@@ -199,8 +200,10 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     return kernel
 
 
-@lru_cache(maxsize=64)
-def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_bias: bool, code: int) -> Any:
+@lru_cache(maxsize=128)
+def transform_output(
+    matrix: Matrix, lanes: int, across: bool, element: Element, wide: bool, has_bias: bool, code: int
+) -> Any:
     """Return the kernel that transforms M to output, through bias and activation.
 
     With `across` the results of a row of a tile are neighbours, all there, and stored together.
@@ -209,7 +212,7 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
     column_size, half_size, row_size = window * lanes, m * window * lanes, m * lanes
     index, divide = index_type(wide), divided(wide)
     place_of, transform, load = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes)
-    store, store_row = storer(_F32, lanes), storer(_F32, m)
+    store, store_row, widen = storer(element, lanes), storer(element, m), element.widen
 
     def kernel(
         matrices, bias, out, total, low, rows, high, first, targets, position_step, group_step, row_step,
@@ -238,7 +241,7 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
                     for lane in range(lanes):
                         value = results[j * lanes + lane]
                         if has_bias:
-                            value += bias[index(target + lane)]
+                            value += widen(bias[index(target + lane)])
                         results[j * lanes + lane] = activate(value, code)
                 if h + i * dilation_h < H:
                     line = index(to + i * dilation_h * W * pixel_step)
@@ -253,13 +256,13 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
     return kernel
 
 
-@lru_cache(maxsize=8)
-def transform_sums(matrix: Matrix, wide: bool) -> Any:
+@lru_cache(maxsize=32)
+def transform_sums(matrix: Matrix, element: Element, wide: bool) -> Any:
     """Return the kernel that adds up parts of the products, in order, and transforms them to taps of the weight."""
     taps, window = len(matrix), len(matrix[0])
     half_size = taps * window
     index, divide = index_type(wide), divided(wide)
-    transform = linear(matrix, 1)
+    transform, narrow = linear(matrix, 1), element.narrow
 
     def kernel(
         matrices, out, total, low, rows, high, parts, part_step, inner, targets, position_step, group_step, row_step,
@@ -293,7 +296,7 @@ def transform_sums(matrix: Matrix, wide: bool) -> Any:
                 for j in range(taps):
                     s = index(3 * b + j)
                     if r < R and s < S:
-                        out[index(to + (t * R + r) * S + s)] = results[j]
+                        out[index(to + (t * R + r) * S + s)] = narrow(results[j])
 
     kernel.__name__ = f"winograd_sums_{window}"
     return kernel

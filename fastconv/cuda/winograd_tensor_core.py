@@ -59,6 +59,12 @@ class TensorCoreWinograd(Winograd):
         super().__init__(m, most_depth)
         self.units = units
 
+    def supports(self, geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
+        """What `Winograd` does, of float32."""
+        if geometry.dtype != _FLOAT32:
+            return False, f"it splits float32, not {geometry.dtype}"
+        return super().supports(geometry, direction)
+
     def seconds(self, geometry: ConvGeometry, direction: str, architecture: str) -> float:
         """Predicted time: the products at a share of the peak, what all launches read and write; not measured."""
         if Architecture.named(architecture).capability < self.since:

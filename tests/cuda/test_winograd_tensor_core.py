@@ -158,6 +158,10 @@ def test_what_it_refuses_has_a_reason():
     g = fastconv.ConvGeometry.create((1, 1160, 8, 8), (4, 1160, 3, 3)).lifted("channels_last", np.dtype(np.float32))
     assert "a sum over 1160" in F4_BF16X6.supports(g, "forward")[1]
     assert F4_BF16X6.supports(g, "weight_grad") == F2_BF16X6.supports(g, "forward") == (True, "")
+    half = fastconv.ConvGeometry.create((1, 4, 8, 8), (4, 4, 3, 3), dtype="float16")
+    assert F2_TF32X3.supports(half.lifted("channels_last", half.dtype), "forward") == (
+        False, "it splits float32, not float16",
+    )  # fmt: skip
     record = RECORDS["winograd_f2x3_tf32x3"]
     assert record.lacking("sm_75") == "it needs a GPU of sm_80 or later, not sm_75"
     assert record.seconds(g, "forward", "sm_75") == math.inf
