@@ -4,7 +4,7 @@ Forward and input gradient are dense phases (`blocking.py`), each of three launc
 multiplies, one computes again what did not come out finite, if anything (`tensor_core_staging.py`). The weight
 gradient tabulates its pixels, multiplies and adds up (`tensor_core_grads.py`). A launch before them brings pixels into
 chunks of 16 bytes, unless they are: channels last, a multiple of 8 of 16-bit numbers in each group (4 of tf32). How
-float32 is split is in `tensor_core_units.py`. On sm_90a warpgroups multiply 16-bit numbers in one plane (wgmma).
+float32 is split is in `tensor_core_units.py`. On sm_90a warpgroups multiply 16-bit numbers (wgmma).
 
 Nothing here has run on a GPU; times are predicted from peaks.
 """
@@ -86,13 +86,12 @@ class TensorCore:
         moved = g.bytes + 2 * sum(b.nbytes for name in names for b in Pixels.of(g, name, units).buffers().values())
         if direction == "weight_grad":
             share = Share.of(g, units, 1 << 30, None)
-            products, launches = share.products, 3
+            tile, products, launches = share.tile, share.products, 3
             moved += 8 * share.splits * share.part
         else:
             found = [Places.of(g, direction, phase, units, None, architecture) for phase in phases(g, direction)]
-            products, launches = sum(p.products for p in found), 3 * len(found)
-        of_warpgroups = architecture == "sm_90a" and bool(units.warpgroup) and direction != "weight_grad"
-        arithmetic = seconds_of(products, units, architecture, of_warpgroups)
+            tile, products, launches = found[0].tile, sum(p.products for p in found), 3 * len(found)
+        arithmetic = seconds_of(products, units, tile, architecture)
         return (launches + len(names)) * roofline.LAUNCH + max(arithmetic, moved / there.bytes)
 
     def workspace(
@@ -142,9 +141,9 @@ BF16, BF16X3, BF16X6 = (TensorCore({"float32": BFLOAT16_PLANES[planes]}) for pla
 # --- sizes -----------------------------------------------------------------------------------------------------
 
 
-def seconds_of(products: int, units: Units, architecture: str, of_warpgroups: bool = False) -> float:
+def seconds_of(products: int, units: Units, tile: Tile, architecture: str) -> float:
     """Return the predicted time of so many products of whole tiles, in chunks."""
-    share = SHARE if of_warpgroups else SHARES.get(architecture.rstrip("a"), SHARE)
+    share = SHARE if tile.warpgroups else SHARES.get(architecture.rstrip("a"), SHARE)
     return 2 * products * units.chunk * units.products / (share * getattr(roofline.peak(architecture), units.rate))
 
 
@@ -265,7 +264,7 @@ class Places(NamedTuple):
         if tile is None:
             tile = tile_for(units, lines, _is_last(g))
             if architecture == "sm_90a" and units.warpgroup and lines > 64:
-                tile = warpgroup_tile(lines if _is_last(g) else g.batch * phase.positions)
+                tile = warpgroup_tile(units, lines if _is_last(g) else g.batch * phase.positions)
         chunks_of_tap = -(-inner // units.chunk)
         k_tiles = -(-phase.taps * chunks_of_tap // tile.chunks)
         of_pixels, of_lines = (tile.rows, tile.columns) if _is_last(g) else (tile.columns, tile.rows)
@@ -300,8 +299,10 @@ def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
     return tile if channels_last or not few else tile.turned
 
 
-def warpgroup_tile(columns: int) -> Tile:
-    """Return the tile of warpgroups: the wider one where it does not lie idle."""
+def warpgroup_tile(units: Units, columns: int) -> Tile:
+    """Return the tile of warpgroups: the wider one where it does not lie idle, and of planes all that has room."""
+    if units.planes > 1:
+        return Tile(128, 128, 8, 8, 1, 3 if units.planes == 2 else 2, warpgroups=True)
     if _up(columns, 256) <= 1.1 * columns:
         return Tile(128, 256, 8, 8, 1, 4, 1, warpgroups=True)
     return Tile(128, 128, 8, 8, 1, 3, 2, warpgroups=True)

@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
     """How a direction is cut: tiles at a time, extents of the matrices, and parts of each sum over tiles."""
 
     problem: Problem
-    # Of the kernel that multiplies.
+    # Of the kernel that multiplies, or None: each architecture's own.
     tile: Any
     # Tiles that are transformed at a time, and depth and targets: whole tiles of the product.
     tiles: int

@@ -32,6 +32,7 @@ from .elements import Element
 from .epilogue import CODES
 from .steps import Step, renamed
 from .tensor_core import Pixels, Places, Share, product_buffers
+from .tensor_core_kernels import Tile
 from .tensor_core_units import BFLOAT16_PLANES, TF32_PLANES, Units
 from .winograd import ENOUGH_BLOCKS, LEAST_STEPS, MOST_BLOCKS, MOST_PARTS_BYTES, Launches, Planes, Sizes, Winograd
 
@@ -76,8 +77,8 @@ class TensorCoreWinograd(Winograd):
         rows = s.depth * planes + s.targets * (planes if direction == "weight_grad" else 4)
         weight = s.depth * s.targets * (4 * s.parts * slices if direction == "weight_grad" else 4 + 4 * units.planes)
         moved = g.bytes + 2 * matrices * (slices * s.tiles * rows + weight)
-        whole = slices * _products(g, direction, self.m, units, s)
-        arithmetic = tensor_core.seconds_of(whole, units, architecture)
+        tile, products = _products(g, direction, self.m, units, s, architecture)
+        arithmetic = tensor_core.seconds_of(slices * products, units, tile, architecture)
         return (3 + 3 * slices) * roofline.LAUNCH + arithmetic + moved / roofline.peak(architecture).bytes
 
     def workspace(self, geometry: ConvGeometry, direction: str, limit: int, tile: Any = None) -> dict[str, Buffer]:
@@ -108,9 +109,9 @@ def _sizes(g: ConvGeometry, direction: str, m: int, units: Units, limit: int, ti
     """Return as many tiles at a time as the limit has room for, all the same number of them."""
     p, backward, matrices = problem(g, direction, m), direction == "weight_grad", (m + 2) ** 2 * g.groups
     depth, targets = _up(p.depth, 8), _up(p.targets, 8)
-    if tile is None:
-        tile = tensor_core.grad_tile(units, depth) if backward else tensor_core.tile_for(units, targets, True)
-    whole = tile.chunks * units.chunk if backward else tile.rows
+    if backward:
+        tile = tile or tensor_core.grad_tile(units, depth)
+    whole = tile.chunks * units.chunk if backward else (tile or tensor_core.tile_for(units, targets, True)).rows
 
     def nbytes(tiles: int) -> int:
         return workspace_bytes(_buffers(g, direction, m, units, Sizes(p, tile, tiles, depth, targets)))
@@ -156,13 +157,15 @@ def _share(convolution: ConvGeometry, units: Units, s: Sizes) -> Share:
     return share._replace(each=-(-share.steps // s.parts), splits=s.parts)
 
 
-def _products(g: ConvGeometry, direction: str, m: int, units: Units, s: Sizes) -> int:
-    """Return the products of whole tiles of a slice, in chunks."""
+def _products(g: ConvGeometry, direction: str, m: int, units: Units, s: Sizes, architecture: str) -> tuple[Tile, int]:
+    """Return the tile of the product, and the products of whole tiles of a slice, in chunks."""
     convolution = _convolution(g, m, s)
     if direction == "weight_grad":
-        return _share(convolution, units, s).products
+        share = _share(convolution, units, s)
+        return share.tile, share.products
     (phase,) = phases(convolution, "input_grad")
-    return Places.of(convolution, "input_grad", phase, units, s.tile, "sm_80").products
+    places = Places.of(convolution, "input_grad", phase, units, s.tile, architecture)
+    return places.tile, places.products
 
 
 def _buffers(g: ConvGeometry, direction: str, m: int, units: Units, s: Sizes) -> dict[str, Buffer]:
