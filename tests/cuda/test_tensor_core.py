@@ -111,22 +111,19 @@ def test_float32_keeps_its_promise(name, direction):
 WARPGROUP = Tile(64, 128, 8, 4, 1, 2, warpgroups=True)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "dtype", "direction"),
-    [(MMA, np.float16, "forward"), (MMA, ml_dtypes.bfloat16, "input_grad"), (BF16X6, np.float32, "forward")],
-    ids=["float16", "bfloat16", "BF16X6"],
-)
+@pytest.mark.parametrize(("dtype", "direction"), [(np.float16, "forward"), (ml_dtypes.bfloat16, "input_grad")])
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_warpgroups_are_exact_on_whole_numbers(data_format, algorithm, dtype, direction):
+def test_warpgroups_are_exact_on_whole_numbers(data_format, dtype, direction):
     # In the last step of depth a part of the chunks is beyond it; the order of threads is drawn.
     problem = conv_problem(ConvCase("two steps", (1, 24, 1, 3, 4), (20, 24, 1, 2, 2), padding=(0, 1, 0)), dtype, whole)
-    got = compute(algorithm, problem, direction, data_format, WARPGROUP, seed=1)
+    got = compute(MMA, problem, direction, data_format, WARPGROUP, seed=1)
     assert np.array_equal(got, expected(problem, direction))
 
 
-def test_warpgroups_keep_the_promise_of_planes():
-    problem = conv_problem(ConvCase("deep", (1, 80, 1, 2, 8), (16, 80, 1, 1, 1)), np.float32, normal)
-    got = compute(BF16X6, problem, "forward", "channels_last", WARPGROUP)
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_warpgroups_keep_the_promise_of_planes(data_format):
+    problem = conv_problem(ConvCase("two steps", (1, 72, 1, 2, 8), (16, 72, 1, 1, 1)), np.float32, normal)
+    got = compute(BF16X6, problem, "forward", data_format, WARPGROUP)
     assert rms_error(got, problem.y) <= PROMISES["highest"]
 
 
