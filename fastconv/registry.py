@@ -181,6 +181,12 @@ for _m, _precision in ((2, "highest"), (4, "highest"), (6, "high")):
     register(Algorithm(f"winograd_f{_m}x3", "cpu", f"fastconv.cpu.winograd:F{_m}", _precision))
 for _m in (2, 4):
     register(Algorithm(f"winograd_f{_m}x3", "cuda", f"fastconv.cuda.winograd:F{_m}"))
+for _m, _name, _precision in (
+    (2, "tf32x3", "highest"), (2, "bf16x6", "highest"), (2, "bf16x3", "high"), (2, "tf32", "medium"),
+    (4, "bf16x6", "highest"), (4, "tf32", "medium"),
+):  # fmt: skip
+    _object = f"fastconv.cuda.winograd_tensor_core:F{_m}_{_name.upper()}"
+    register(Algorithm(f"winograd_f{_m}x3_{_name}", "cuda", _object, _precision))
 register(Algorithm("implicit_gemm_mma", "cuda", "fastconv.cuda.tensor_core:MMA"))
 for _name, _precision in (
     ("tf32", "medium"), ("tf32x3", "highest"), ("bf16", "medium"), ("bf16x3", "high"), ("bf16x6", "highest"),

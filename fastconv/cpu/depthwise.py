@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations import CODES
 from ..registry import Buffer
 from . import epilogue, threads
 from .compile import Task, device, share, task
@@ -314,7 +315,7 @@ def _parts(g, plan):
 
 def forward(geometry, x, weight, bias, activation, out, workspace):
     """Write the convolution of `x` with `weight`, plus bias, through the activation, to `out`."""
-    code = epilogue.CODES[activation]
+    code = CODES[activation]
     _slide(geometry, "forward", x, weight, bias, code if code <= 2 else 0, out, workspace)
     if code > 2:
         epilogue.apply(out, geometry.data_format, None, activation)

@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..activations import CODES
 from .compile import device, kernel
-from .epilogue import CODES, activate
+from .epilogue import activate
 from .memory import DATA, address
 from .simd import integer, integers, load, store, zero_bytes
 

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations import CODES
 from ..registry import Buffer
 from . import threads
 from .blocking import LINE, plans
-from .epilogue import CODES, pad_bias
+from .epilogue import pad_bias
 from .gemm_tasks import JOBS_PER_SUM, tasks
 from .machine import constants
 from .memory import address

@@ -27,11 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations import CODES
 from ..minimal_filtering import problem
 from ..registry import Buffer
 from . import machine, threads
 from .compile import Task, device, share, task
-from .epilogue import CODES, pad_bias
+from .epilogue import pad_bias
 from .memory import address, extent_of, layout_of
 from .simd import (
     INPUT,

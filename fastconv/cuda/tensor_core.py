@@ -4,7 +4,7 @@ Forward and input gradient are dense phases (`blocking.py`), each of three launc
 multiplies, one computes again what did not come out finite, if anything (`tensor_core_staging.py`). The weight
 gradient tabulates its pixels, multiplies and adds up (`tensor_core_grads.py`). A launch before them brings pixels into
 chunks of 16 bytes, unless they are: channels last, a multiple of 8 of 16-bit numbers in each group (4 of tf32). How
-float32 is split is in `tensor_core_units.py`. On sm_90a warpgroups multiply 16-bit numbers in one plane (wgmma).
+float32 is split is in `tensor_core_units.py`. On sm_90a warpgroups multiply 16-bit numbers (wgmma).
 
 Nothing here has run on a GPU; times are predicted from peaks.
 """
@@ -86,14 +86,12 @@ class TensorCore:
         moved = g.bytes + 2 * sum(b.nbytes for name in names for b in Pixels.of(g, name, units).buffers().values())
         if direction == "weight_grad":
             share = Share.of(g, units, 1 << 30, None)
-            products, launches = share.products, 3
+            tile, products, launches = share.tile, share.products, 3
             moved += 8 * share.splits * share.part
         else:
             found = [Places.of(g, direction, phase, units, None, architecture) for phase in phases(g, direction)]
-            products, launches = sum(p.products for p in found), 3 * len(found)
-        of_warpgroups = architecture == "sm_90a" and units.warpgroup and direction != "weight_grad"
-        share_of_peak = SHARE if of_warpgroups else SHARES.get(architecture.rstrip("a"), SHARE)
-        arithmetic = 2 * products * units.chunk * units.products / (share_of_peak * getattr(there, units.rate))
+            tile, products, launches = found[0].tile, sum(p.products for p in found), 3 * len(found)
+        arithmetic = seconds_of(products, units, tile, architecture)
         return (launches + len(names)) * roofline.LAUNCH + max(arithmetic, moved / there.bytes)
 
     def workspace(
@@ -105,15 +103,7 @@ class TensorCore:
             return {}
         if direction == "weight_grad":
             return _grad_workspace(g, units, limit, tile)
-        # Enough for every architecture.
-        every = ("sm_80", "sm_90a")
-        found = [Places.of(g, direction, phase, units, tile, a) for phase in phases(g, direction) for a in every]
-        buffers = {
-            "packed": Buffer((max(p.packed for p in found) * units.planes * 4,), _WORD),
-            "taps": Buffer((max(p.entries for p in found) * 4,), _index_dtype(g, units)),
-            "flags": Buffer((max(p.flags for p in found),), _FLAG),
-        }
-        return {**buffers, **Pixels.of(g, _source(direction), units).buffers()}
+        return {**product_buffers(g, direction, units, tile), **Pixels.of(g, _source(direction), units).buffers()}
 
     def steps(
         self,
@@ -132,12 +122,13 @@ class TensorCore:
         if direction == "weight_grad":
             return _grad_steps(g, units, limit, tile)
         ending = bias, CODES[activation]
-        found = Pixels.of(g, _source(direction), units).steps()
+        pixels = Pixels.of(g, _source(direction), units)
+        found = pixels.steps()
         for phase in phases(g, direction):
             if phase.positions:
                 places = Places.of(g, direction, phase, units, tile, architecture)
-                found.append(_pack_step(g, direction, phase, units, places))
-                found.append(_product_step(g, direction, phase, units, places, *ending))
+                found.append(pack_step(g, direction, phase, pixels, places))
+                found.append(product_step(g, direction, phase, pixels, places, *ending))
                 found.append(_mend_step(g, direction, phase, units, places, *ending))
         return found
 
@@ -148,6 +139,12 @@ BF16, BF16X3, BF16X6 = (TensorCore({"float32": BFLOAT16_PLANES[planes]}) for pla
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------
+
+
+def seconds_of(products: int, units: Units, tile: Tile, architecture: str) -> float:
+    """Return the predicted time of so many products of whole tiles, in chunks."""
+    share = SHARE if tile.warpgroups else SHARES.get(architecture.rstrip("a"), SHARE)
+    return 2 * products * units.chunk * units.products / (share * getattr(roofline.peak(architecture), units.rate))
 
 
 def _up(count: int, step: int) -> int:
@@ -267,7 +264,7 @@ class Places(NamedTuple):
         if tile is None:
             tile = tile_for(units, lines, _is_last(g))
             if architecture == "sm_90a" and units.warpgroup and lines > 64:
-                tile = warpgroup_tile(lines if _is_last(g) else g.batch * phase.positions)
+                tile = warpgroup_tile(units, lines if _is_last(g) else g.batch * phase.positions)
         chunks_of_tap = -(-inner // units.chunk)
         k_tiles = -(-phase.taps * chunks_of_tap // tile.chunks)
         of_pixels, of_lines = (tile.rows, tile.columns) if _is_last(g) else (tile.columns, tile.rows)
@@ -302,14 +299,27 @@ def tile_for(units: Units, lines: int, channels_last: bool) -> Tile:
     return tile if channels_last or not few else tile.turned
 
 
-def warpgroup_tile(columns: int) -> Tile:
-    """Return the tile of warpgroups: the wider one where it does not lie idle."""
+def warpgroup_tile(units: Units, columns: int) -> Tile:
+    """Return the tile of warpgroups: the wider one where it does not lie idle, and of planes all that has room."""
+    if units.planes > 1:
+        return Tile(128, 128, 8, 8, 1, 3 if units.planes == 2 else 2, warpgroups=True)
     if _up(columns, 256) <= 1.1 * columns:
         return Tile(128, 256, 8, 8, 1, 4, 1, warpgroups=True)
     return Tile(128, 128, 8, 8, 1, 3, 2, warpgroups=True)
 
 
 # --- forward and input gradient --------------------------------------------------------------------------------
+
+
+def product_buffers(g: ConvGeometry, direction: str, units: Units, tile: Tile | None) -> dict[str, Buffer]:
+    """Return packed weight, taps and flags: enough for every phase on every architecture."""
+    every = ("sm_80", "sm_90a")
+    found = [Places.of(g, direction, phase, units, tile, a) for phase in phases(g, direction) for a in every]
+    return {
+        "packed": Buffer((max(p.packed for p in found) * units.planes * 4,), _WORD),
+        "taps": Buffer((max(p.entries for p in found) * 4,), _index_dtype(g, units)),
+        "flags": Buffer((max(p.flags for p in found),), _FLAG),
+    }
 
 
 def _weight_steps(g: ConvGeometry, direction: str) -> tuple[int, int, int]:
@@ -325,8 +335,9 @@ def _place_numbers(phase: Phase) -> tuple[int, ...]:
     return tuple(number for name in names for number in phase.column(name))
 
 
-def _pack_step(g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places) -> Step:
-    element, p, wide, pixels = Element.of(g.dtype), places, is_wide(g, units), Pixels.of(g, _source(direction), units)
+def pack_step(g: ConvGeometry, direction: str, phase: Phase, pixels: Pixels, places: Places) -> Step:
+    """Return the launch that packs a phase's weight and tabulates its taps."""
+    element, p, units, wide = Element.of(g.dtype), places, pixels.units, is_wide(g, pixels.units)
     kernel = tensor_core_staging.pack(p.tile, units, element, _is_last(g), wide)
     numbers = (
         p.packed, p.entries, p.k_tiles, p.chunks_of_tap, phase.taps, p.inner, p.grid[1], p.lines,
@@ -338,11 +349,11 @@ def _pack_step(g: ConvGeometry, direction: str, phase: Phase, units: Units, plac
     return step(kernel, arrays, numbers, wide, (-(-(p.packed + p.entries) // THREADS),), (THREADS,))
 
 
-def _product_step(
-    g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places, bias: bool, code: int
+def product_step(
+    g: ConvGeometry, direction: str, phase: Phase, pixels: Pixels, places: Places, bias: bool, code: int
 ) -> Step:
-    element, p, last, wide = Element.of(g.dtype), places, _is_last(g), is_wide(g, units)
-    pixels = Pixels.of(g, _source(direction), units)
+    """Return the launch that multiplies a phase's pixels by its packed weight."""
+    element, p, units, last, wide = Element.of(g.dtype), places, pixels.units, _is_last(g), is_wide(g, pixels.units)
     neighbours = p.lines if last else phase.positions if phase.is_whole else 1
     together = 16 // g.dtype.itemsize
     kernel = tensor_core_kernels.gather(
@@ -383,6 +394,13 @@ def _mend_step(
 # --- weight gradient -------------------------------------------------------------------------------------------
 
 
+def grad_tile(units: Units, filters: int) -> Tile:
+    """Return the tile of a weight gradient."""
+    tile = tile_for(units, filters, False)
+    # Not so wide that the threads copy fewer pixels at once than `correlate` takes.
+    return tile if tile.columns <= 128 else Tile(64, 128, 4, 2, 2, 4, 2)
+
+
 class Share(NamedTuple):
     """How blocks share out the pixels of a weight gradient: tile, chunks of all taps, steps in all and of a block."""
 
@@ -400,10 +418,7 @@ class Share(NamedTuple):
     def of(cls, g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> Share:
         """Return the share for what `limit` leaves to parts."""
         filters = g.out_channels // g.groups
-        if tile is None:
-            tile = tile_for(units, filters, False)
-            # Not so wide that the threads copy fewer pixels at once than `correlate` takes.
-            tile = tile if tile.columns <= 128 else Tile(64, 128, 4, 2, 2, 4, 2)
+        tile = tile or grad_tile(units, filters)
         columns = math.prod(g.kernel_size) * -(-(g.in_channels // g.groups) // units.chunk)
         depth = tile.chunks * units.chunk
         steps = -(-g.batch * math.prod(g.output_size) // depth)
@@ -422,7 +437,7 @@ class Share(NamedTuple):
 def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> dict[str, Buffer]:
     share = Share.of(g, units, limit, tile)
     return {
-        "pixels": Buffer((4 * share.entries,), _index_dtype(g, units)),
+        "pixels": table_buffer(g, units, share),
         "partial": Buffer((share.splits * share.part,), np.dtype(np.float32)),
         **Pixels.of(g, "x", units).buffers(),
         **Pixels.of(g, "grad_output", units).buffers(),
@@ -432,11 +447,17 @@ def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None
 def _grad_steps(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> list[Step]:
     share = Share.of(g, units, limit, tile)
     x, grad = (Pixels.of(g, name, units) for name in ("x", "grad_output"))
-    made = [*x.steps(), *grad.steps(), _table_step(g, units, share, x), _correlate_step(g, units, share, x, grad)]
+    made = [*x.steps(), *grad.steps(), table_step(g, units, share, x), correlate_step(g, units, share, x, grad)]
     return [*made, _add_step(g, units, share)]
 
 
-def _table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
+def table_buffer(g: ConvGeometry, units: Units, share: Share) -> Buffer:
+    """Return what the table of pixels takes."""
+    return Buffer((4 * share.entries,), _index_dtype(g, units))
+
+
+def table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
+    """Return the launch that tabulates pixels."""
     wide, before = is_wide(g, units), [-b for b, _ in g.padding]
     index, number = index_type(wide), _index_dtype(g, units).type
     numbers = (x.of_pixel, *g.input_size, *g.output_size, *before, *g.stride)
@@ -448,12 +469,13 @@ def _table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
     )  # fmt: skip
 
 
-def _correlate_step(g: ConvGeometry, units: Units, share: Share, x: Pixels, grad: Pixels) -> Step:
+def correlate_step(g: ConvGeometry, units: Units, share: Share, x: Pixels, grad: Pixels, add: bool = False) -> Step:
+    """Return the launch that multiplies pixels of both, and writes parts of the sums or adds to them."""
     wide, tile, filters = is_wide(g, units), share.tile, g.out_channels // g.groups
     numbers = (
-        g.batch * math.prod(g.output_size), share.steps, share.each, g.groups, filters, grad.chunks, grad.of_chunk,
-        grad.of_pixel, grad.plane, math.prod(g.kernel_size), x.chunks, x.of_chunk, x.of_pixel, x.plane, *g.input_size,
-        *g.kernel_size[1:], *g.dilation,
+        g.batch * math.prod(g.output_size), share.steps, share.each, int(add), g.groups, filters, grad.chunks,
+        grad.of_chunk, grad.of_pixel, grad.plane, math.prod(g.kernel_size), x.chunks, x.of_chunk, x.of_pixel, x.plane,
+        *g.input_size, *g.kernel_size[1:], *g.dilation,
     )  # fmt: skip
     arrays = [x.array, grad.array, ("pixels", CPointer(index_type(wide))), ("partial", CPointer(float32))]
     grid = -(-filters // tile.rows), -(-share.columns * units.chunk // tile.columns), g.groups * share.splits

@@ -108,7 +108,7 @@ def buffer_words(tile: Tile, units: Units) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def correlate(tile: Tile, units: Units, wide: bool) -> Any:
-    """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks).
+    """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks), or `add` to it.
 
     Threads are enough to copy eight pixels of a tile at once, or four of words: its swizzle is then the same for all.
     """
@@ -146,7 +146,7 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
                 start = index(start + x_plane)
 
     def kernel(
-        x, grad, pixels, partial, total, steps, share, groups, filters, filter_chunks, of_grad_chunk, grad_step,
+        x, grad, pixels, partial, total, steps, share, add, groups, filters, filter_chunks, of_grad_chunk, grad_step,
         grad_plane, taps, chunks_of_tap, of_chunk, x_step, x_plane, D, H, W, R, S, d_step, h_step, w_step,
     ):  # fmt: skip
         tiles = ptx.pointer_to(cuda.shared.array(0, uint32, alignment=128))
@@ -209,7 +209,8 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
                     if line < filters and column + 8 * j < real_columns:
                         at = (i * across + j) * 4 + 2 * half
                         to = index(target + index(line) * real_columns + column + 8 * j)
-                        ptx.store2(partial, to, (sums[at], sums[at + 1]))
+                        before = ptx.load2(partial, to) if add > 0 else (float32(0), float32(0))
+                        ptx.store2(partial, to, (before[0] + sums[at], before[1] + sums[at + 1]))
 
     kernel.__name__ = f"tensor_core_weight_gradient_{units.name}_{rows}x{columns}"
     return kernel

@@ -220,19 +220,32 @@ def _no_fence():
 def warpgroup_product(tile: Tile, units: Units) -> tuple[Any, Any]:
     """Return what begins and what ends the product of two tiles by warpgroups: 64 rows each, with all columns.
 
-    Tiles have rows of 128 bytes at multiples of 1024, where `swizzle` is theirs.
+    Tiles have rows of 128 bytes at multiples of 1024, where `swizzle` is theirs. Products of planes are summed in
+    registers of their own, after the sums.
     """
-    steps, wgmma = tile.chunks // 2, units.warpgroup[tile.columns // 128 - 1]
+    steps, planes, wgmma = tile.chunks // 2, units.planes, units.warpgroup[tile.columns // 128 - 1]
     wait = {128: ptx.wgmma_wait64, 256: ptx.wgmma_wait128}[tile.columns]
+    pitch, size, apart = 4 * tile.chunks, tile.columns // 2, planes > 1
+    row_plane, column_plane, part = tile.rows * pitch, tile.columns * pitch, size if apart else 0
 
     def begin(sums, tiles, rows_at, columns_at):
+        if apart:
+            for i in range(size):
+                sums[part + i] = float32(0)
         ptx.wgmma_fence()
-        for step in range(steps):
-            wgmma(sums, 0, tiles, rows_at + 8 * step, columns_at + 8 * step)
+        # The smallest products first.
+        for level in range(planes):
+            for p in range(planes - level):
+                a_at, b_at = rows_at + p * row_plane, columns_at + (planes - 1 - level - p) * column_plane
+                for step in range(steps):
+                    wgmma(sums, part, tiles, a_at + 8 * step, b_at + 8 * step)
         ptx.wgmma_commit()
 
     def end(sums, tiles, rows_at, columns_at):
-        wait(sums, 0)
+        wait(sums, part)
+        if apart:
+            for i in range(size):
+                sums[i] += sums[part + i]
 
     return begin, end
 
@@ -314,6 +327,8 @@ def gather(
     warp_rows, warp_columns = tile.warp
     down, across, of_thread = warp_rows // 16, warp_columns // 8, warp_columns // 4
     sums_of_thread = 4 * down * across
+    # Warpgroups sum products of planes in as many registers more.
+    sums_size = sums_of_thread * (2 if tile.warpgroups and units.planes > 1 else 1)
     index, _, entry_at = width(wide)
     place, order = swizzle(chunks), as_they_are if channels_last else in_order(tile, element)
     decode, warp_of = decoder(wide), warp_place(tile)
@@ -411,7 +426,7 @@ def gather(
         row, column = warp_of(warp)
         rows_at, read_columns_at = lanes_of(lane, row, column)
         read_columns_at = int32(int32(columns_at) + read_columns_at)
-        sums = cuda.local.array(sums_of_thread, float32)
+        sums = cuda.local.array(sums_size, float32)
         for i in range(sums_of_thread):
             sums[i] = float32(0)
         for stage in range(ahead):

@@ -133,10 +133,7 @@ def _split_tf32(words, count, to):
 
 def _bfloat16_units(planes: int, plain: bool = False) -> Units:
     encode, warpgroup = _encode_bfloat16(planes), (wgmma_m64n128k16_bfloat16, wgmma_m64n256k16_bfloat16)
-    return Units(
-        f"bfloat16_{planes}", mma_m16n8k16_bfloat16, 8, planes, encode, encode, None, plain, "half",
-        warpgroup if planes == 1 else (),
-    )  # fmt: skip
+    return Units(f"bfloat16_{planes}", mma_m16n8k16_bfloat16, 8, planes, encode, encode, None, plain, "half", warpgroup)
 
 
 def _tf32_units(planes: int) -> Units:

@@ -29,10 +29,12 @@ from ..minimal_filtering import Problem, filtering, problem, transposed
 from ..registry import Buffer
 from . import roofline, toolchain, winograd_kernels
 from .architecture import Architecture
+from .elements import Element
 from .epilogue import CODES
 from .gemm_kernels import Tile
 from .indices import needs_wide, step
 from .steps import Step
+from .winograd_kernels import PLAIN, Planes
 
 toolchain.import_cuda()
 
@@ -40,10 +42,9 @@ from numba.cuda.types import CPointer, float32  # noqa: E402
 
 # 8x8 sums of a thread, twice, for the chains: 255 registers for each of 256 threads on a multiprocessor.
 WIDE, NARROW, SMALL = Tile(64, 128, 16, 8, 16), Tile(128, 64, 16, 16, 8), Tile(64, 64, 16, 8, 8, blocks=4)
-# Products per running sum, and channels times blocks of taps up to which their sum was measured to keep its promise.
+# Products per running sum.
 CHAINS = {2: 256, 4: 64}
 TILE_CHAINS = {2: 128, 4: 32}
-MOST_DEPTH = {2: 4096, 4: 1152}
 # Bytes of workspace in all, unless one tile of the product needs more, and of them those of parts of sums.
 MOST_BYTES, MOST_PARTS_BYTES = 64 << 20, 16 << 20
 # Threads of a block of a transform.
@@ -60,7 +61,8 @@ class Sizes(NamedTuple):
     """How a direction is cut: tiles at a time, extents of the matrices, and parts of each sum over tiles."""
 
     problem: Problem
-    tile: Tile
+    # Of the kernel that multiplies, or None: each architecture's own.
+    tile: Any
     # Tiles that are transformed at a time, and depth and targets: whole tiles of the product.
     tiles: int
     depth: int
@@ -69,24 +71,32 @@ class Sizes(NamedTuple):
 
 
 class Winograd:
-    """The functions of an algorithm, see `registry`, for one size of output tile."""
+    """The functions of an algorithm, see `registry`, for one size of output tile.
+
+    Parameters
+    ----------
+    m : int
+        Rows and columns of an output tile.
+    most_depth : int
+        Channels times blocks of taps up to which their sum was measured to keep its promise.
+    """
 
     FUSED = ("forward", "input_grad")
 
-    def __init__(self, m: int) -> None:
-        self.m, self.positions = m, (m + 2) ** 2
+    def __init__(self, m: int, most_depth: int) -> None:
+        self.m, self.positions, self.most_depth = m, (m + 2) ** 2, most_depth
 
     def supports(self, geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
         """Every stride 1 and every kernel that is more than a row or a column."""
         g = geometry
-        if g.dtype != np.float32:
+        if g.dtype.name not in ("float32", "float16", "bfloat16"):
             return False, f"the tiles are float32, not {g.dtype}"
         if set(g.stride) != {1}:
             return False, f"tiles need stride 1, not {max(g.stride)}"
         if min(g.kernel_size[1:]) < 2:
             return False, f"a kernel of one row or column, {g.kernel_size[1:]}, saves nothing"
         p = problem(g, direction, self.m)
-        if p.depth > MOST_DEPTH[self.m] and direction != "weight_grad":
+        if p.depth > self.most_depth and direction != "weight_grad":
             return False, f"a sum over {p.depth} channels and blocks of taps is too long for its precision"
         if self.positions * g.groups > MOST_BLOCKS:
             return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups"
@@ -101,9 +111,7 @@ class Winograd:
         moved = 4 * matrices * (2 * p.tile_count * (s.depth + s.targets) + 2 * s.parts * p.depth * s.targets)
         return (1 + 3 * slices) * roofline.LAUNCH + products / (SHARE * there.float32) + (moved + g.bytes) / there.bytes
 
-    def workspace(
-        self, geometry: ConvGeometry, direction: str, limit: int, tile: Tile | None = None
-    ) -> dict[str, Buffer]:
+    def workspace(self, geometry: ConvGeometry, direction: str, limit: int, tile: Any = None) -> dict[str, Buffer]:
         """U, and V and M of some tiles; of the weight gradient V and Y of some tiles, and parts of the sums."""
         s = self._sizes(geometry, direction, limit, tile)
         matrices = self.positions * geometry.groups
@@ -122,23 +130,26 @@ class Winograd:
         bias: bool = False,
         architecture: str = "sm_90a",
         limit: int = 1 << 30,
-        tile: Tile | None = None,
+        tile: Any = None,
     ) -> list[Step]:
         """Return the launches of a direction; `limit` is as for `workspace`, `tile` for tests to shrink."""
-        launches = _Launches(geometry, self.m, self._sizes(geometry, direction, limit, tile), architecture)
+        launches = self._launches(geometry, direction, limit, tile, architecture)
         slices = range(0, launches.sizes.problem.tile_count, launches.sizes.tiles)
         if direction == "weight_grad":
             found = [made for first in slices for made in launches.gradient_of_slice(first)]
-            return [*found, launches.taps()]
+            return [*launches.before_gradient(), *found, launches.taps()]
         found = [made for first in slices for made in launches.slice(first, bias, CODES[activation])]
-        return [launches.weight(), *found]
+        return [*launches.weight(), *found]
 
-    def _sizes(self, g: ConvGeometry, direction: str, limit: int, tile: Tile | None) -> Sizes:
+    def _launches(self, geometry: ConvGeometry, direction: str, limit: int, tile: Any, architecture: str) -> Launches:
+        return Launches(geometry, self.m, self._sizes(geometry, direction, limit, tile), architecture)
+
+    def _sizes(self, g: ConvGeometry, direction: str, limit: int, tile: Any) -> Sizes:
         return _sizes(g, direction, self.m, min(limit, MOST_BYTES), tile)
 
 
 @lru_cache(maxsize=1024)
-def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Tile | None) -> Sizes:
+def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Any) -> Sizes:
     """Return as many tiles at a time as the limit has room for, all the same number of them."""
     p = problem(g, direction, m)
     backward = direction == "weight_grad"
@@ -163,21 +174,22 @@ def _up(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
-class _Launches:
-    """The launches of one direction."""
+class Launches:
+    """The launches of one direction; V and Y are kept in planes."""
 
-    def __init__(self, g: ConvGeometry, m: int, sizes: Sizes, architecture: str) -> None:
-        self.g, self.m, self.sizes, self.problem = g, m, sizes, sizes.problem
+    def __init__(self, g: ConvGeometry, m: int, sizes: Sizes, architecture: str, planes: Planes = PLAIN) -> None:
+        self.g, self.m, self.sizes, self.problem, self.planes = g, m, sizes, sizes.problem, planes
+        self.element = Element.of(g.dtype)
         self.matrices, self.t2 = filtering(m), (m + 2) ** 2
         self.asynchronous = Architecture.named(architecture).capability >= 80
         self.last = g.data_format == "channels_last"
         s, many = sizes, self.t2 * g.groups
         self.wide = needs_wide(
-            g.x_shape, g.output_shape, g.weight_shape, many * s.tiles * max(s.depth, s.targets),
+            g.x_shape, g.output_shape, g.weight_shape, planes.number * many * s.tiles * max(s.depth, s.targets),
             many * s.parts * s.depth * s.targets,
         )  # fmt: skip
 
-    def weight(self) -> Step:
+    def weight(self) -> list[Step]:
         """U of the weight."""
         g, p, s = self.g, self.problem, self.sizes
         channels, taps = g.in_channels // g.groups, math.prod(g.kernel_size)
@@ -190,8 +202,12 @@ class _Launches:
             g.out_channels // g.groups * filter_, inner_step, target_step, taps - 1 if p.reversed else 0,
             *p.kernel[1:], *p.blocks[1:],
         )  # fmt: skip
-        kernel = winograd_kernels.transform_weight(self.matrices.taps, self.wide)
-        return self._step(kernel, ("weight", "U"), numbers, total)
+        kernel = winograd_kernels.transform_weight(self.matrices.taps, self.element, self.wide)
+        return [self._step(kernel, ("weight", "U"), numbers, total)]
+
+    def before_gradient(self) -> list[Step]:
+        """What all slices of a weight gradient share."""
+        return []
 
     def slice(self, first: int, bias: bool, code: int) -> list[Step]:
         """Some tiles from `first` on: V, M and the output."""
@@ -200,7 +216,7 @@ class _Launches:
         rows = _up(count, s.tile.rows)
         source = "grad_output" if p.reversed else "x"
         return [
-            self._image("input", source, "V", first, count, p.inner, p.blocks, s.depth, s.depth),
+            self._image(source, "V", first, count, s.depth),
             self._product("V", "U", "M", True, rows // s.tile.rows, s.depth, 1, False),
             self._output(first, count, bias, code),
         ]
@@ -210,8 +226,8 @@ class _Launches:
         p, s = self.problem, self.sizes
         count = _up(min(s.tiles, p.tile_count - first), s.tile.depth)
         return [
-            self._image("input", "x", "V", first, count, p.inner, p.blocks, p.depth, s.depth),
-            self._image("grad", "grad_output", "Y", first, count, p.targets, (1, 1, 1), p.targets, s.targets),
+            self._image("x", "V", first, count, p.depth),
+            self._image("grad_output", "Y", first, count, p.targets),
             self._product("V", "Y", "sums", False, s.depth // s.tile.rows, count, s.parts, first > 0),
         ]
 
@@ -226,28 +242,27 @@ class _Launches:
             *self._steps(s.depth, s.targets), p.targets * p.inner * taps, taps, p.inner * taps, *p.kernel[1:],
             *p.blocks[1:],
         )  # fmt: skip
-        kernel = winograd_kernels.transform_sums(transposed(self.matrices.taps), self.wide)
+        kernel = winograd_kernels.transform_sums(transposed(self.matrices.taps), self.element, self.wide)
         return self._step(kernel, ("sums", "out"), numbers, total)
 
-    def _image(
-        self, kind: str, source: str, target: str, first: int, count: int, inner: int, blocks: tuple[int, int, int],
-        extent: int, row: int,
-    ) -> Step:  # fmt: skip
-        """Tiles of x or of the output gradient, with rows of `row` elements, of which `extent` are written."""
+    def _image(self, source: str, target: str, first: int, count: int, extent: int) -> Step:
+        """V, or Y, of tiles of x or of the output gradient: `extent` elements of each row."""
         g, p, s = self.g, self.problem, self.sizes
-        of_x, of_source = source == "x", kind == "input"
-        size, channels = (g.input_size, g.in_channels) if of_x else (g.output_size, g.out_channels)
+        size, channels = (g.input_size, g.in_channels) if source == "x" else (g.output_size, g.out_channels)
+        if target == "V":
+            name, matrix, row, inner, blocks, low_at = "input", self.matrices.input, s.depth, p.inner, p.blocks, p.low
+        else:
+            name, matrix, row = "grad", transposed(self.matrices.output), s.targets
+            inner, blocks, low_at = p.targets, (1, 1, 1), (0, 0, 0)
         lanes = 4 if self.last and inner % 4 == 0 else 1
         low, high = self._order(-(-extent // lanes))
         total = g.groups * count * low * high
-        depth = math.prod(blocks) * inner
         numbers = (
-            total, low, count, high, first, p.tile_count, inner, depth, *self._steps(s.tiles, row),
-            *self._strides(channels, size), *size, *p.tiles, p.size[0], *blocks[1:], *p.dilation,
-            *(p.low if of_source else (0, 0, 0)),
+            total, low, count, high, first, p.tile_count, inner, math.prod(blocks) * inner, *self._steps_of_tiles(row),
+            self.t2 * g.groups * s.tiles * row, *self._strides(channels, size), *size, *p.tiles, p.size[0],
+            *blocks[1:], *p.dilation, *low_at,
         )  # fmt: skip
-        matrix = self.matrices.input if of_source else transposed(self.matrices.output)
-        kernel = winograd_kernels.transform_image(kind, matrix, self.m, lanes, self.wide)
+        kernel = winograd_kernels.transform_image(name, matrix, self.m, lanes, self.element, self.planes, self.wide)
         return self._step(kernel, (source, target), numbers, total)
 
     def _output(self, first: int, count: int, bias: bool, code: int) -> Step:
@@ -256,11 +271,13 @@ class _Launches:
         low, high = self._order(-(-p.targets // lanes))
         total = g.groups * count * low * high
         numbers = (
-            total, low, count, high, first, p.targets, *self._steps(s.tiles, s.targets),
+            total, low, count, high, first, p.targets, *self._steps_of_tiles(s.targets),
             *self._strides(g.groups * p.targets, p.size), *p.size[1:], *p.tiles, p.size[0], *p.dilation[1:],
         )  # fmt: skip
         across = not self.last and p.size[2] % self.m == 0 and p.dilation[2] == 1
-        kernel = winograd_kernels.transform_output(self.matrices.output, lanes, across, self.wide, bias, code)
+        kernel = winograd_kernels.transform_output(
+            self.matrices.output, lanes, across, self.element, self.wide, bias, code
+        )
         return self._step(kernel, ("M", "bias", "out"), numbers, total)
 
     def _product(
@@ -275,7 +292,7 @@ class _Launches:
         chain = (CHAINS if rows_first else TILE_CHAINS)[self.m]
         kernel = winograd_kernels.batched_product(tile, rows_first, chain, self.asynchronous, self.wide)
         grid = (row_tiles, s.targets // tile.columns, count * parts)
-        made = step(kernel, [(name, _F32) for name in (a, b, c)], numbers, self.wide, grid, (tile.threads,))
+        made = step(kernel, self._arrays(a, b, c), numbers, self.wide, grid, (tile.threads,))
         shared = tile.stages * (tile.rows + tile.columns) * tile.depth * 4
         return made._replace(shared_bytes=shared, launch_bounds=(tile.threads, tile.blocks))
 
@@ -287,14 +304,23 @@ class _Launches:
         """Return the elements from one position of a tile to the next, from a group and from a row."""
         return self.g.groups * rows * columns, rows * columns, columns
 
+    def _steps_of_tiles(self, columns: int) -> tuple[int, int, int]:
+        """Return those of V, M and Y."""
+        return self._steps(self.sizes.tiles, columns)
+
     def _strides(self, channels: int, size: tuple[int, ...]) -> tuple[int, int, int]:
         """Return the elements from one image to the next, from a channel and from a pixel."""
         plane = math.prod(size)
         return (channels * plane, 1, channels) if self.last else (channels * plane, plane, 1)
 
     def _step(self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int) -> Step:
-        return step(kernel, [(n, _F32) for n in names], numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+        return step(kernel, self._arrays(*names), numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+
+    def _arrays(self, *names: str) -> list[tuple[str, Any]]:
+        """Return arrays with their types: workspace is float32, or planes, the others are what is convolved."""
+        types = {"V": self.planes.element.pointer, "Y": self.planes.element.pointer, "U": _F32, "M": _F32, "sums": _F32}
+        return [(name, types.get(name, self.element.pointer)) for name in names]
 
 
-F2 = Winograd(2)
-F4 = Winograd(4)
+F2 = Winograd(2, 4096)
+F4 = Winograd(4, 1152)

@@ -16,7 +16,7 @@ the transforms amplify rounding errors. Nothing here has run on a GPU.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,8 +72,32 @@ def tile_place(wide: bool) -> Any:
     return place
 
 
-@lru_cache(maxsize=32)
-def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -> Any:
+class Planes(NamedTuple):
+    """What tiles are transformed to: float32, or planes of a smaller type, each the rounded rest of those before."""
+
+    element: Element
+    number: int
+
+    def storer(self, lanes: int) -> Any:
+        """Return the function that stores neighbours from registers, from register `of` on, which it changes."""
+        number, store, widen, narrow = self.number, storer(self.element, lanes), self.element.widen, self.element.narrow
+
+        def put(matrices, at, plane, registers, of):
+            for p in range(number):
+                store(matrices, at, registers, of)
+                if p + 1 < number:
+                    at = at + plane
+                    for lane in range(lanes):
+                        registers[of + lane] -= widen(narrow(registers[of + lane]))
+
+        return put
+
+
+PLAIN = Planes(_F32, 1)
+
+
+@lru_cache(maxsize=64)
+def transform_image(name: str, matrix: Matrix, m: int, lanes: int, element: Element, planes: Planes, wide: bool) -> Any:
     """Return the kernel that transforms tiles of an image, `m` apart, and zeros around it, to rows of matrices.
 
     The numbers of channels are those of a block of taps after another. `rows` tiles are written from `first` on, zeros
@@ -82,12 +106,13 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
     height, window = len(matrix), len(matrix[0])
     column_size, half_size, row_size = window * lanes, height * window * lanes, height * lanes
     index, divide = index_type(wide), divided(wide)
-    place_of, transform, load, store = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes), storer(_F32, lanes)
+    place_of, transform = tile_place(wide), linear(matrix, lanes)
+    load, put = loader(element, lanes), planes.storer(lanes)
 
     def kernel(
         image, matrices, total, low, rows, high, first, tiles, inner, depth, position_step, group_step, row_step,
-        image_step, channel_step, pixel_step, D, H, W, tiles_h, tiles_w, depths, A, B, dilation_d, dilation_h,
-        dilation_w, low_d, low_h, low_w,
+        plane_step, image_step, channel_step, pixel_step, D, H, W, tiles_h, tiles_w, depths, A, B, dilation_d,
+        dilation_h, dilation_w, low_d, low_h, low_w,
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
@@ -121,14 +146,15 @@ def transform_image(name: str, matrix: Matrix, m: int, lanes: int, wide: bool) -
             for i in range(height):
                 transform(half, i * window * lanes, lanes, results, 0, lanes)
                 for j in range(height):
-                    store(matrices, index(to + (i * height + j) * position_step), results, j * lanes)
+                    put(matrices, index(to + (i * height + j) * position_step), plane_step, results, j * lanes)
 
     kernel.__name__ = f"winograd_{name}_{height}_lanes{lanes}"
+    kernel.__name__ += f"_planes{planes.number}" if planes.number > 1 else ""
     return kernel
 
 
-@lru_cache(maxsize=8)
-def transform_weight(matrix: Matrix, wide: bool) -> Any:
+@lru_cache(maxsize=32)
+def transform_weight(matrix: Matrix, element: Element, wide: bool) -> Any:
     """Return the kernel that transforms blocks of 3x3 taps to U, zero beyond the channels that there are.
 
     Eight targets, then the depth, then further targets and groups; `last` is the last tap if they are reversed, or 0.
@@ -136,7 +162,7 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     height, window = len(matrix), len(matrix[0])
     half_size = height * window
     index, divide = index_type(wide), divided(wide)
-    transform = linear(matrix, 1)
+    transform, widen = linear(matrix, 1), element.widen
 
     def kernel(
         weight, matrices, total, low, rows, high, inner, depth, targets, position_step, group_step, row_step,
@@ -162,7 +188,7 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
                     tap = index((t * R + r) * S + s)
                     column[i] = float32(0)
                     if exists & (r < R) & (s < S):
-                        column[i] = weight[index(from_ + (last - tap if last > 0 else tap))]
+                        column[i] = widen(weight[index(from_ + (last - tap if last > 0 else tap))])
                 transform(column, 0, 1, half, j, window)
             to = index(group * group_step + row * row_step + k)
             for i in range(height):
@@ -174,8 +200,10 @@ def transform_weight(matrix: Matrix, wide: bool) -> Any:
     return kernel
 
 
-@lru_cache(maxsize=64)
-def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_bias: bool, code: int) -> Any:
+@lru_cache(maxsize=128)
+def transform_output(
+    matrix: Matrix, lanes: int, across: bool, element: Element, wide: bool, has_bias: bool, code: int
+) -> Any:
     """Return the kernel that transforms M to output, through bias and activation.
 
     With `across` the results of a row of a tile are neighbours, all there, and stored together.
@@ -184,7 +212,7 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
     column_size, half_size, row_size = window * lanes, m * window * lanes, m * lanes
     index, divide = index_type(wide), divided(wide)
     place_of, transform, load = tile_place(wide), linear(matrix, lanes), loader(_F32, lanes)
-    store, store_row = storer(_F32, lanes), storer(_F32, m)
+    store, store_row, widen = storer(element, lanes), storer(element, m), element.widen
 
     def kernel(
         matrices, bias, out, total, low, rows, high, first, targets, position_step, group_step, row_step,
@@ -213,7 +241,7 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
                     for lane in range(lanes):
                         value = results[j * lanes + lane]
                         if has_bias:
-                            value += bias[index(target + lane)]
+                            value += widen(bias[index(target + lane)])
                         results[j * lanes + lane] = activate(value, code)
                 if h + i * dilation_h < H:
                     line = index(to + i * dilation_h * W * pixel_step)
@@ -228,13 +256,13 @@ def transform_output(matrix: Matrix, lanes: int, across: bool, wide: bool, has_b
     return kernel
 
 
-@lru_cache(maxsize=8)
-def transform_sums(matrix: Matrix, wide: bool) -> Any:
+@lru_cache(maxsize=32)
+def transform_sums(matrix: Matrix, element: Element, wide: bool) -> Any:
     """Return the kernel that adds up parts of the products, in order, and transforms them to taps of the weight."""
     taps, window = len(matrix), len(matrix[0])
     half_size = taps * window
     index, divide = index_type(wide), divided(wide)
-    transform = linear(matrix, 1)
+    transform, narrow = linear(matrix, 1), element.narrow
 
     def kernel(
         matrices, out, total, low, rows, high, parts, part_step, inner, targets, position_step, group_step, row_step,
@@ -268,7 +296,7 @@ def transform_sums(matrix: Matrix, wide: bool) -> Any:
                 for j in range(taps):
                     s = index(3 * b + j)
                     if r < R and s < S:
-                        out[index(to + (t * R + r) * S + s)] = results[j]
+                        out[index(to + (t * R + r) * S + s)] = narrow(results[j])
 
     kernel.__name__ = f"winograd_sums_{window}"
     return kernel

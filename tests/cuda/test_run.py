@@ -10,7 +10,7 @@ from support import normal, whole
 
 import fastconv
 from fastconv import arrays, device_arrays, reference, registry, tuning
-from fastconv.cuda import direct, launch, run, winograd
+from fastconv.cuda import direct, launch, run, tensor_core, tensor_core_kernels, winograd, winograd_tensor_core
 from fastconv.cuda.gemm_kernels import Tile
 from fastconv.cuda.steps import Step
 from fastconv.testing import assert_close
@@ -176,13 +176,17 @@ def test_theirsalike_are_compiled_and_loaded_once_and_launched_on_the_stream_of_
     assert cupy.driver.launches == [("direct_forward_float32_first_32", 0), ("direct_forward_float32_first_32", 4096)]
 
 
-def test_winograd(cupy, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["winograd_f2x3", "winograd_f2x3_bf16x6"])
+def test_winograd(cupy, monkeypatch, algorithm):
     monkeypatch.setattr(winograd, "SMALL", Tile(16, 32, 8, 4, 8))
-    winograd._sizes.cache_clear()
+    monkeypatch.setattr(tensor_core, "tile_for", lambda *how: tensor_core_kernels.Tile(16, 16, 4, 1, 1, 2))
+    for module in (winograd, winograd_tensor_core):
+        module._sizes.cache_clear()
     x, w, b = whole("x", shape=(1, 3, 5, 4)), whole("w", shape=(2, 3, 3, 3)), whole("b", shape=(2,))
-    got = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), padding=1, algorithm="winograd_f2x3")
+    got = fastconv.conv2d(*map(cupy.asarray, (x, w, b)), padding=1, algorithm=algorithm)
     assert np.array_equal(got.host, reference.conv(x, w, b, padding=1))
-    winograd._sizes.cache_clear()
+    for module in (winograd, winograd_tensor_core):
+        module._sizes.cache_clear()
 
 
 @pytest.mark.parametrize("algorithm", ["im2col", "fft"])

@@ -21,7 +21,7 @@ from fastconv.cuda.faults import UninitialisedError
 from fastconv.cuda.tensor_core import BF16, BF16X3, BF16X6, MMA, TF32, TF32X3
 from fastconv.cuda.tensor_core_kernels import Tile
 from fastconv.errors import UnsupportedError
-from fastconv.testing import ConvCase, assert_close
+from fastconv.testing import ConvCase, assert_close, rms_error
 
 FORMATS = ("channels_last", "channels_first")
 # One warp, with tails in every dimension at a few thousand products.
@@ -118,6 +118,13 @@ def test_warpgroups_are_exact_on_whole_numbers(data_format, dtype, direction):
     problem = conv_problem(ConvCase("two steps", (1, 24, 1, 3, 4), (20, 24, 1, 2, 2), padding=(0, 1, 0)), dtype, whole)
     got = compute(MMA, problem, direction, data_format, WARPGROUP, seed=1)
     assert np.array_equal(got, expected(problem, direction))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_warpgroups_keep_the_promise_of_planes(data_format):
+    problem = conv_problem(ConvCase("two steps", (1, 72, 1, 2, 8), (16, 72, 1, 1, 1)), np.float32, normal)
+    got = compute(BF16X6, problem, "forward", data_format, WARPGROUP)
+    assert rms_error(got, problem.y) <= PROMISES["highest"]
 
 
 @pytest.fixture
@@ -280,7 +287,7 @@ KINDS = [
     ("MMA", MMA, "channels_last", "forward", HERE),
     ("MMA", MMA, "channels_first", "forward", ["sm_80", "sm_90a"]),
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
-    ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a"]),
+    ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a", "sm_120"]),
     ("BF16X6", BF16X6, "channels_last", "forward", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
 ]
@@ -293,7 +300,7 @@ def test_machine_code_keeps_its_budget(algorithm, data_format, direction, archit
     step = product_step(algorithm, data_format, direction, architecture)
     made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
     words = direction == "weight_grad" and algorithm is TF32X3
-    of_warpgroups = algorithm is MMA and architecture == "sm_90a" and direction == "forward"
+    of_warpgroups = algorithm is not TF32X3 and architecture == "sm_90a" and direction == "forward"
     multiplying = ["WARPGROUP.ARRIVE", "HGMMA"] if of_warpgroups else ["LDS" if words else "LDSM", "HMMA"]
     expected = [*multiplying, "LDGSTS.E.BYPASS.128", "STG.E.64" if direction == "weight_grad" else "STG.E.128"]
     # The way out of the loop for sm_8x: a jump that ptxas writes as a call.

@@ -1,5 +1,6 @@
 """Winograd on the GPU: every direction in the emulator against the oracle, its precision, its machine code."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import emulate_conv, lifted
@@ -63,6 +64,17 @@ PAIRS = [
 @pytest.mark.parametrize(("m", "data_format", "case", "direction"), PAIRS, ids=lambda value: str(value))
 def test_it_agrees_with_the_oracle(m, data_format, case, direction):
     check(m, conv_problem(case, np.float32, whole if m == 2 else normal), direction, data_format)
+
+
+HALF = [("forward", "channels_last", np.float16), ("input_grad", "channels_first", ml_dtypes.bfloat16)]
+HALF += [("weight_grad", "channels_last", ml_dtypes.bfloat16), ("forward", "channels_first", np.float16)]
+
+
+@pytest.mark.parametrize(("direction", "data_format", "dtype"), HALF, ids=str)
+def test_half_precision_is_rounded_once(direction, data_format, dtype):
+    problem = conv_problem(ConvCase("small", (1, 4, 3, 4), (4, 4, 3, 3), padding=1), dtype, normal)
+    got, length = compute(4, problem, direction, data_format), problem.lengths[direction]
+    assert_close(got, expected(problem, direction), algorithm="winograd_f4x3", reduction_length=length)
 
 
 @settings(max_examples=3, deadline=None)
