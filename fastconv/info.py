@@ -247,10 +247,13 @@ def _gpu() -> dict[str, Any]:
 
     devices, driver, problem = _cuda_devices()
     tools, cuda = toolchain.installed(), driver["cuda"] if driver else None
-    compiler = {"versions": tools, "problem": toolchain.problem(tools) or _misfit(tools, cuda)}
+    compiler: dict[str, Any] = {"versions": tools, "problem": toolchain.problem(tools) or _misfit(tools, cuda)}
     kernels = [device for device in devices if device["architecture"]]
     missing = [name for name in ("cupy", "numba-cuda") if _version(name) is None]
     extra = _cuda_extra(cuda)
+    if not extra:
+        # No extra fits: to name one would send people to what cannot be installed.
+        compiler["problem"] = compiler["problem"].removesuffix(f": {toolchain.INSTALL}")
     reasons = ["the CUDA kernels have run in an emulator only", *([problem] if problem else [])]
     reasons += [f"no kernels for {d['name']} (capability {d['capability']})" for d in devices if d not in kernels]
     if kernels and missing:
