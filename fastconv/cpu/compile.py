@@ -95,11 +95,11 @@ class Task:
         code.compile()
         return code
 
-    def __call__(self, chunks: int, *arguments: int) -> None:
-        """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`."""
-        self.start(np.array((chunks, *arguments), np.int64))
+    def __call__(self, chunks: int, *arguments: int, held: Any = None) -> None:
+        """Run the task for chunk 0 to `chunks` - 1; its arguments begin with `chunks`; `held` as in :meth:`start`."""
+        self.start(np.array((chunks, *arguments), np.int64), held)
 
-    def start(self, numbers: np.ndarray, *held: Any) -> None:
+    def start(self, numbers: np.ndarray, held: Any = None) -> None:
         """Run the task with arguments that are int64 numbers already; `held` owns what addresses among them are of."""
         address, chunks = address_of(numbers), int(numbers[0])
         if _recording is not None and _recording.is_mine():

@@ -29,6 +29,7 @@ from .memory import address, layout_of
 from .simd import SLIDING, Tile, correlate_taps, integer, integers, load, slide_tile, store, tile_for
 from .strips import strips
 
+IN_TASKS = True
 # Products per sum: the rounding error of a float32 sum grows with its length.
 MOST_TAPS = 4096
 # Pixels of a weight gradient that are added up in the element's precision.
@@ -37,6 +38,8 @@ PIXEL_CHAIN = 1024
 TAPS = 9
 # Parts of a weight gradient: their number depends on sizes alone, and so does the result.
 PARTS = 16
+# Pixels of a part at least, while there are vectors to share out instead.
+LEAST_PIXELS = 384
 # Largest kernel that reads the image in place, and rows of the target in one job of it.
 MOST_IN_PLACE, ROWS_IN_PLACE = 3, 16
 # Bytes of a strip, and of the sums of one job of a weight gradient.
@@ -46,6 +49,8 @@ SUMS_BYTES = 64 * 1024
 LEAST_COLUMNS = 64
 # Operations that are done before a second thread has woken.
 SERIAL_FLOPS = 500_000
+# Numbers that are put in order, or added up, before then.
+SERIAL_WEIGHT = 16 * 1024
 # An entry of a table of taps, and a phase: bytes.
 ENTRY, PHASE = 24, 32
 
@@ -191,7 +196,10 @@ def _plan(g, direction):
             rows = min(rows, max(PIXEL_CHAIN // columns, 1))
     rows, columns = (-(-size // -(-size // part)) for size, part in ((height.size, rows), (width.size, columns)))
     vectors = -(-C // lanes)
-    groups = min(-(-vectors * _sums_bytes(g, lanes, multiplier) // SUMS_BYTES), vectors)
+    # Rather fewer vectors to a job than so few pixels that their sums are all the work.
+    most_parts = max(g.batch * prod(g.output_size) // LEAST_PIXELS, 1)
+    groups = max(-(-vectors * _sums_bytes(g, lanes, multiplier) // SUMS_BYTES), -(-PARTS // most_parts))
+    groups = min(groups, vectors)
     return Plan(
         axes, lanes, itemsize, C, multiplier, in_place, rows, columns, groups,
         planes, height.span(rows), width.span(columns),
@@ -327,33 +335,28 @@ def input_grad(geometry, grad_output, weight, out, workspace):
 
 
 def _slide(g, direction, source, weight, bias, code, out, workspace):
-    plan, taps, _ = _tables(g, direction)
+    plan, taps, tables = _tables(g, direction)
     C, M = plan.channels, plan.multiplier
     backward = direction == "input_grad"
-    weights = workspace["weights"]
-    weights[:, :, :C] = weight.reshape(C, M, -1).transpose(1, 2, 0)
+    tasks, weights, number = slides(plan.lanes, plan.itemsize, plan.apart), workspace["weights"], prod(g.kernel_size)
+    line = plan.line * plan.itemsize
+    serial = weight.size < SERIAL_WEIGHT
+    tasks.arrange(1 if serial else _chunks(g), address(weight), address(weights), C, M, number, line)
     if bias is not None:
-        workspace["bias"][:, :C] = bias.reshape(C, M).T
+        tasks.arrange(1, address(bias), address(workspace["bias"]), C, M, 1, line)
     shared = (
         *_view(source, g.data_format, M if backward else 1), *_view(out, g.data_format, 1 if backward else M),
         address(weights), 0 if bias is None else address(workspace["bias"]), code,
     )  # fmt: skip
-    tasks = slides(plan.lanes, plan.itemsize, plan.apart)
     if plan.in_place:
-        tasks.slide_in_place(_chunks(g), *shared, g.batch, C, plan.rows, _lead(plan, source), *taps)
+        whole = plan.channels % plan.lanes == 0 and plan.channels >= 4 * plan.lanes
+        tasks.slide_in_place(_chunks(g), *shared, g.batch, C, plan.rows, whole, *taps, held=tables)
         return
     tasks.slide(
         _chunks(g), *shared, g.batch, C, plan.rows, plan.columns, *taps,
         address(workspace["strips"]), plan.strip_elements * plan.itemsize, address(workspace["blocks"]),
-        plan.line * plan.itemsize, M if backward else 1, 1 if backward else M, prod(g.kernel_size),
-        plan.strip_rows, plan.pitch,
+        line, M if backward else 1, 1 if backward else M, number, plan.strip_rows, plan.pitch, held=tables,
     )  # fmt: skip
-
-
-def _lead(plan, source):
-    """Return how early vectors begin, so that all but the first are whole cache lines of the source."""
-    worth = plan.in_place and plan.channels % plan.lanes == 0 and plan.channels >= 4 * plan.lanes
-    return address(source) // plan.itemsize % plan.lanes if worth else 0
 
 
 def _view(array, data_format, multiplier):
@@ -372,16 +375,18 @@ def weight_grad(geometry, grad_output, x, out, workspace):
     g, plan = geometry, _plan(geometry, "weight_grad")
     C, M, last = plan.channels, plan.multiplier, g.data_format == "channels_last"
     sums, lots, depths = workspace["sums"], _tap_table(g), _tables(g, "weight_grad").arrays[3]
-    slides(plan.lanes, plan.itemsize, 0).correlate(
+    tasks, number = slides(plan.lanes, plan.itemsize, 0), prod(g.kernel_size)
+    tasks.correlate(
         min(_chunks(g), plan.groups * len(sums)),
         *_view(x, g.data_format, 1), *_view(grad_output, g.data_format, M),
         address(sums), len(sums), address(workspace["partial"]),
         g.batch, C, plan.rows, plan.columns, *_of_axes(plan),
         address(workspace["strips"]), plan.strip_elements * plan.itemsize, address(workspace["blocks"]),
-        plan.line, M, prod(g.kernel_size), last and M == 1 and plan.lanes <= C, plan.groups,
+        plan.line, M, number, last and M == 1 and plan.lanes <= C, plan.groups,
         plan.strip_rows, plan.pitch, address(depths), depths.shape[1], address(lots), len(lots), plan.planes,
     )  # fmt: skip
-    out.reshape(C, M, -1)[...] = sums[..., :C].sum(axis=0).transpose(2, 0, 1)
+    serial = sums.size < SERIAL_WEIGHT
+    tasks.add_parts(1 if serial else _chunks(g), address(sums), len(sums), address(out), C, M, number, plan.line)
 
 
 class Slides(NamedTuple):
@@ -390,6 +395,8 @@ class Slides(NamedTuple):
     slide_in_place: Task
     slide: Task
     correlate: Task
+    arrange: Task
+    add_parts: Task
 
 
 @lru_cache(maxsize=8)
@@ -466,7 +473,9 @@ def slides(LANES, SIZE, APART):
         chunks, source, s_image, _, _, s_depth, s_row, s_pixel = integers(arguments, 0, 8)
         target, t_image, _, _, t_depth, t_row, t_pixel = integers(arguments, 8, 7)
         weights, bias, code = integers(arguments, 15, 3)
-        N, C, P, lead = integers(arguments, 18, 4)
+        N, C, P, whole = integers(arguments, 18, 4)
+        # Vectors begin so early that all but the first are whole cache lines of the source.
+        lead = source // SIZE % LANES if whole else 0
         extent, in_step, _, size = axes_of(arguments + 22 * 8)
         d_phases, h_phases, w_phases, d_count, h_count, w_count = integers(arguments, 34, 6)
         _, _, rows, most_rows, columns, most_columns = integers(arguments, 40, 6)
@@ -648,4 +657,31 @@ def slides(LANES, SIZE, APART):
                         for lane in range(used):
                             store(8, place + lane * 8, load(8, found + (tap * LANES + lane) * 8))
 
-    return Slides(slide_in_place, slide, correlate)
+    @task
+    def arrange(arguments, chunk):
+        """(C, M, taps) -> (M, taps, line)."""
+        chunks, source, target, C, M, taps, line = integers(arguments, 0, 7)
+        begin, end = share(C, chunk, chunks)
+        for row in range(M * taps):
+            for c in range(begin, end):
+                store(SIZE, target + row * line + c * SIZE, load(SIZE, source + (c * M * taps + row) * SIZE))
+
+    @task
+    def add_parts(arguments, chunk):
+        """Sums (parts, M, taps, line), added up in this order -> (C, M, taps)."""
+        chunks, sums, parts, out, C, M, taps, line = integers(arguments, 0, 8)
+        begin, end = share(M * taps, chunk, chunks)
+        for row in range(begin, end):
+            total = sums + row * line * 8
+            for part in range(1, parts):
+                other = total + part * M * taps * line * 8
+                for c in range(C):
+                    store(8, total + c * 8, load(8, total + c * 8) + load(8, other + c * 8))
+            for c in range(C):
+                place, value = out + (c * M * taps + row) * SIZE, load(8, total + c * 8)
+                if SIZE == 4:
+                    store(4, place, np.float32(value))
+                else:
+                    store(8, place, value)
+
+    return Slides(slide_in_place, slide, correlate, arrange, add_parts)
