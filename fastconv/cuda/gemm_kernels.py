@@ -18,8 +18,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import ptx, toolchain
+from .elements import Element
 from .epilogue import activate
+from .sums import chained
 
 cuda = toolchain.import_cuda()
 
@@ -640,18 +644,14 @@ def weight_gradient(
 def add_parts(wide: bool) -> Any:
     """Return the kernel that adds the parts (splits, K, taps, C // groups), in order, into (K, C // groups, taps)."""
     index, divided, _ = width(wide)
+    add_up = chained(Element.of(np.dtype(np.float32)), wide)
 
     def sum_of_parts(partial, out, total, splits, inner, taps):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             rest, tap = divided(number, taps)
             k, c = divided(rest, inner)
-            at = index((k * taps + tap) * inner + c)
-            found = float32(0)
-            for _ in range(splits):
-                found += partial[at]
-                at = index(at + total)
-            out[number] = found
+            out[number] = add_up(partial, index((k * taps + tap) * inner + c), total, splits)
 
     sum_of_parts.__name__ = f"sum_of_parts_{64 if wide else 32}"
     return sum_of_parts

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import gemm_kernels, roofline, toolchain
+from . import gemm_kernels, roofline, sums, toolchain
 from .architecture import Architecture
 from .blocking import Phase, phases
 from .epilogue import CODES
@@ -205,7 +205,8 @@ def _share(geometry: ConvGeometry, limit: int, tile: Tile) -> _Share:
     steps = -(-total // tile.depth)
     tiles = -(-filters // tile.rows) * -(-columns // tile.columns) * g.groups
     room = (limit - 4 * steps * tile.depth * _index_dtype(g).itemsize) // (4 * math.prod(g.weight_shape))
-    splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
+    wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-total // (CHAIN * sums.CHAIN)))
+    splits = min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
     each = min(-(-steps // max(splits, 1)), max(CHAIN // tile.depth, 1))
     splits = max(min(-(-steps // max(each, 1)), splits), 1)
     return _Share(steps, max(each, 1), splits, steps * tile.depth)

@@ -54,21 +54,32 @@ def tree(wide: bool, across: int, down: int) -> Any:
 
 
 @lru_cache(maxsize=16)
+def chained(element: Element, wide: bool) -> Any:
+    """Return the function that adds `count` numbers in order, each `step` after the last, in chains."""
+    index, sums = index_type(wide), element.sums
+
+    def add_up(parts, at, step, count):
+        result = sums(0)
+        for first in range(index(0), count, CHAIN):
+            chain = sums(0)
+            for _ in range(first, min(index(first + CHAIN), count)):
+                chain += parts[at]
+                at = index(at + step)
+            result += chain
+        return result
+
+    return add_up
+
+
+@lru_cache(maxsize=16)
 def add_parts(element: Element, wide: bool) -> Any:
     """Return the kernel that adds up (count, total) sums in order and in chains, one result a thread."""
-    index, sums, narrow = index_type(wide), element.sums, element.narrow
+    index, narrow, add_up = index_type(wide), element.narrow, chained(element, wide)
 
     def sums_add_parts(parts, out, total, count):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
-            result, at = sums(0), number
-            for first in range(index(0), count, CHAIN):
-                chain = sums(0)
-                for _ in range(first, min(index(first + CHAIN), count)):
-                    chain += parts[at]
-                    at = index(at + total)
-                result += chain
-            out[number] = narrow(result)
+            out[number] = narrow(add_up(parts, number, total, count))
 
     sums_add_parts.__name__ = f"sums_add_parts_{element.name}_{64 if wide else 32}"
     return sums_add_parts

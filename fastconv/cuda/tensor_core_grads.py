@@ -14,9 +14,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from . import ptx, toolchain
 from .elements import Element
 from .gemm_kernels import OUTSIDE, inside, split, width
+from .sums import chained
 from .tensor_core_kernels import Tile, as_they_are, decoder, multiply, warp_place
 from .tensor_core_units import Units
 
@@ -110,6 +113,7 @@ def buffer_words(tile: Tile, units: Units) -> tuple[int, int]:
 def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks), or `add` to it.
 
+    The shares begin at the step `skip`.
     Threads are enough to copy eight pixels of a tile at once, or four of words: its swizzle is then the same for all.
     """
     rows, columns, threads, stages, chunk = tile.rows, tile.columns, tile.threads, tile.stages, units.chunk
@@ -146,8 +150,8 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
                 start = index(start + x_plane)
 
     def kernel(
-        x, grad, pixels, partial, total, steps, share, add, groups, filters, filter_chunks, of_grad_chunk, grad_step,
-        grad_plane, taps, chunks_of_tap, of_chunk, x_step, x_plane, D, H, W, R, S, d_step, h_step, w_step,
+        x, grad, pixels, partial, total, skip, steps, share, add, groups, filters, filter_chunks, of_grad_chunk,
+        grad_step, grad_plane, taps, chunks_of_tap, of_chunk, x_step, x_plane, D, H, W, R, S, d_step, h_step, w_step,
     ):  # fmt: skip
         tiles = ptx.pointer_to(cuda.shared.array(0, uint32, alignment=128))
         thread = int32(cuda.threadIdx.x)
@@ -173,7 +177,7 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
         sums = cuda.local.array(sums_of_thread, float32)
         for i in range(sums_of_thread):
             sums[i] = float32(0)
-        step = index(part * share)
+        step = index(skip + part * share)
         end = index(min(index(step + share), index(steps)))
         first = index(step * index(depth))
         for stage in range(ahead):
@@ -221,6 +225,7 @@ def add(element: Element, chunk: int, channels_last: bool, wide: bool) -> Any:
     """Return the kernel that adds up the parts, in order, into (K, C // G, taps): one element a thread."""
     index, divided, _ = width(wide)
     widen, narrow, decode = element.widen, element.narrow, decoder(wide)
+    add_up = chained(Element.of(np.dtype(np.float32)), wide)
 
     def tensor_core_add(
         x, grad, partial, out, elements, splits, filters, inner, taps, chunks_of_tap, pixels, C, D, H, W, K, O, P, Q,
@@ -232,10 +237,7 @@ def add(element: Element, chunk: int, channels_last: bool, wide: bool) -> Any:
             k, c = divided(rest, inner)
             columns = index(taps * chunks_of_tap * chunk)
             at = index(k * columns + tap * chunks_of_tap * chunk + c)
-            value = float32(0)
-            for _ in range(splits):
-                value += partial[at]
-                at = index(at + K * columns)
+            value = add_up(partial, at, index(K * columns), splits)
             lost = float32(value - value)
             if lost != lost:
                 value = float32(0)

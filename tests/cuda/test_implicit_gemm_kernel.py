@@ -10,7 +10,7 @@ from support import DIRECTIONS, LAYOUTS, conv_problem, whole
 import fastconv
 from fastconv import reference
 from fastconv.activations import ACTIVATIONS
-from fastconv.cuda import implicit_gemm, run
+from fastconv.cuda import implicit_gemm, run, sums
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
 from fastconv.cuda.gemm_kernels import NARROW, TILE, Tile
@@ -158,6 +158,13 @@ def test_chains_keep_the_promise_of_float32_at_any_depth():
         assert np.sqrt(np.mean((result - wanted) ** 2)) <= 1e-6 * np.sqrt(np.mean(wanted**2))
 
 
+def test_no_more_launches_add_to_a_part_than_a_chain_is_long():
+    for pixels in (2**14, 2**23, 2**31):
+        share = implicit_gemm._share(geometry_of(512, 512, "channels_last", batch=pixels // 784), 1 << 44, TILE)
+        assert share.each * TILE.depth <= implicit_gemm.CHAIN
+        assert -(-share.steps // (share.each * share.splits)) <= sums.CHAIN
+
+
 def test_an_infinity_reaches_what_it_should_and_nothing_else():
     """Padding is not multiplied, and what lies beyond an image or a group is not read."""
     problem = conv_problem(ConvCase("infinite", (2, 3, 4, 5), (4, 3, 3, 3), padding=1), np.float32)
@@ -172,8 +179,8 @@ def test_an_infinity_reaches_what_it_should_and_nothing_else():
         assert (np.isfinite(got) == np.isfinite(wanted)).all()
 
 
-def geometry_of(channels, filters, data_format, **how):
-    shape = (4, 28, 28, channels) if data_format == "channels_last" else (4, channels, 28, 28)
+def geometry_of(channels, filters, data_format, batch=4, **how):
+    shape = (batch, 28, 28, channels) if data_format == "channels_last" else (batch, channels, 28, 28)
     return fastconv.ConvGeometry.create(
         shape, (filters, channels, 3, 3), padding=1, data_format=data_format, **how
     ).lifted(data_format, np.dtype(np.float32))
