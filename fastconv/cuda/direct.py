@@ -209,20 +209,23 @@ def correlate(element: Element, channels_last: bool, wide: bool, own: int, pixel
             rest, p = split(rest, P)
             n, o = split(rest, O)
             while m < end:
-                d, h, w = index(o * stride_d + from_d), index(p * stride_h + from_h), index(q * stride_w + from_w)
-                if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
-                    at = index(n * C * D * H * W + first + ((d * H + h) * W + w) * pixel)
-                    y_at = index(n * K * O * P * Q + k * filter_ + ((o * P + p) * Q + q) * y_pixel)
-                    result += widen(grad[y_at]) * widen(x[at])
-                # The thread's next pixel: numbers of mixed radix are added, carries and all.
-                m = index(m + index(pixels))
-                q, p, o, n = index(q + walk_q), index(p + walk_p), index(o + walk_o), index(n + walk_n)
-                if q >= Q:
-                    q, p = index(q - Q), index(p + 1)
-                if p >= P:
-                    p, o = index(p - P), index(o + 1)
-                if o >= O:
-                    o, n = index(o - O), index(n + 1)
+                part, stop = sums(0), index(min(index(m + CHAIN * pixels), end))
+                while m < stop:
+                    d, h, w = index(o * stride_d + from_d), index(p * stride_h + from_h), index(q * stride_w + from_w)
+                    if d >= 0 and d < D and h >= 0 and h < H and w >= 0 and w < W:
+                        at = index(n * C * D * H * W + first + ((d * H + h) * W + w) * pixel)
+                        y_at = index(n * K * O * P * Q + k * filter_ + ((o * P + p) * Q + q) * y_pixel)
+                        part += widen(grad[y_at]) * widen(x[at])
+                    # The thread's next pixel: numbers of mixed radix are added, carries and all.
+                    m = index(m + index(pixels))
+                    q, p, o, n = index(q + walk_q), index(p + walk_p), index(o + walk_o), index(n + walk_n)
+                    if q >= Q:
+                        q, p = index(q - Q), index(p + 1)
+                    if p >= P:
+                        p, o = index(p - P), index(o + 1)
+                    if o >= O:
+                        o, n = index(o - O), index(n + 1)
+                result += part
         partial[index(row * index(own) + lane)] = result
         add_rows(partial, lane, row)
         if row == 0 and number < total:
@@ -251,9 +254,9 @@ def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
 
 
 def workspace(geometry: ConvGeometry, direction: str, limit: int, threads: int = THREADS) -> dict[str, Buffer]:
-    """Sums of parts of the pixels, for the weight gradient of a small weight."""
+    """Sums of parts of the pixels, for the weight gradient of a small weight, as many as there is room for."""
     g = geometry
-    cut = _shares(g, threads)[0] if direction == "weight_grad" else 1
+    cut = _shares(g, threads, limit)[0] if direction == "weight_grad" else 1
     return {} if cut == 1 else {"parts": Buffer((cut, *g.weight_shape), Element.of(g.dtype).sums_dtype)}
 
 
@@ -268,7 +271,7 @@ def steps(
 ) -> list[Step]:
     """Return the launches of one direction; forward and input gradient end in bias and activation."""
     if direction == "weight_grad":
-        return _correlate_steps(geometry, threads)
+        return _correlate_steps(geometry, threads, limit)
     return [_gather_step(geometry, direction, CODES[activation], bias, threads)]
 
 
@@ -302,9 +305,9 @@ def _gather_step(g: ConvGeometry, direction: str, code: int, bias: bool, threads
     return step(kernel, arrays, sizes, wide, (-(-total // threads),), (threads,))
 
 
-def _correlate_steps(g: ConvGeometry, threads: int) -> list[Step]:
+def _correlate_steps(g: ConvGeometry, threads: int, limit: int) -> list[Step]:
     own, pixels = _tile(g, threads)
-    cut, share = _shares(g, threads)
+    cut, share = _shares(g, threads, limit)
     total = math.prod(g.weight_shape)
     element, wide = Element.of(g.dtype), needs_wide(g) or indices.needs_wide((cut + 1, total))
     sizes = (
@@ -325,10 +328,11 @@ def _tile(g: ConvGeometry, threads: int) -> tuple[int, int]:
     return own, threads // own
 
 
-def _shares(g: ConvGeometry, threads: int) -> tuple[int, int]:
+def _shares(g: ConvGeometry, threads: int, limit: int) -> tuple[int, int]:
     """Return how many shares the pixels of the weight gradient are cut in, and the pixels of one."""
-    own, pixels = _tile(g, threads)
-    return shares(_pixels(g), -(-math.prod(g.weight_shape) // own), pixels)
+    (own, pixels), elements = _tile(g, threads), math.prod(g.weight_shape)
+    room = limit // (elements * Element.of(g.dtype).sums_dtype.itemsize)
+    return shares(_pixels(g), -(-elements // own), pixels, room)
 
 
 def _before(g: ConvGeometry) -> tuple[int, ...]:

@@ -27,14 +27,15 @@ ENOUGH_BLOCKS = 1056
 MOST_SHARES = 65535
 
 
-def shares(pixels: int, blocks: int, down: int) -> tuple[int, int]:
+def shares(pixels: int, blocks: int, down: int, room: int = MOST_SHARES) -> tuple[int, int]:
     """Return (how many shares, pixels of one) for so many pixels, blocks beside each other and rows of a block.
 
-    There are enough shares to fill a GPU and to keep running sums short.
+    There are enough shares to fill a GPU and to keep running sums short, but no more than there is `room` for.
     """
-    wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)), 1)
-    share = max(-(-pixels // min(wanted, MOST_SHARES)), 1)
-    return max(-(-pixels // share), 1), share
+    wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)))
+    share = max(-(-pixels // max(min(wanted, room, MOST_SHARES), 1)), 1)
+    count = max(-(-pixels // share), 1)
+    return count, -(-pixels // count)
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import DIRECTIONS, ConvProblem, conv_problem, normal, whole
 
 import fastconv
-from fastconv import reference
+from fastconv import reference, registry
 from fastconv.cuda import direct, run, sums
 from fastconv.cuda.architecture import TESTED
 from fastconv.cuda.compile import budget, compile_kernel
@@ -85,11 +85,22 @@ def test_long_sums_are_chains_and_parts(data_format, monkeypatch):
         monkeypatch.setattr(module, "CHAIN", 2)
     problem = conv_problem(ConvCase("long", (2, 7, 1, 9, 11), (2, 7, 1, 2, 2)), np.float32, whole)
     g = problem.geometry().lifted(data_format, problem.dtype)
-    assert direct.workspace(g, "weight_grad", 0, THREADS)["parts"].shape[0] > 1
+    assert direct.workspace(g, "weight_grad", 1 << 20, THREADS)["parts"].shape[0] > 1
     for direction in DIRECTIONS:
         how = {"threads": THREADS, "bias": direction == "forward"}
         got = emulate_conv(direct, problem, direction, data_format, **how)
         assert np.array_equal(got, expected(problem, direction))
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000])
+def test_shares_of_the_weight_gradient_fit_the_limit(limit, monkeypatch):
+    monkeypatch.setattr(sums, "LEAST", 1)
+    problem = conv_problem(ConvCase("shared", (2, 3, 1, 9, 11), (2, 3, 1, 2, 2)), np.float32, whole)
+    g = problem.geometry().lifted("channels_first", problem.dtype)
+    buffers = direct.workspace(g, "weight_grad", limit, THREADS)
+    assert registry.workspace_bytes(buffers) <= limit
+    got = emulate_conv(direct, problem, "weight_grad", "channels_first", limit=limit, threads=THREADS, bias=False)
+    assert np.array_equal(got, expected(problem, "weight_grad"))
 
 
 def test_chains_keep_the_promise_of_float32_at_any_depth():
