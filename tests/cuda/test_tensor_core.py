@@ -312,7 +312,7 @@ KINDS = [
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a", "sm_120"]),
     ("BF16X6", BF16X6, "channels_last", "forward", ["sm_80", "sm_90a"]),
-    ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
+    ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a", "sm_120"]),
 ]
 ON = [(*kind[1:4], a) for kind in KINDS for a in kind[4]]
 IDS = [f"{kind[0]}-{kind[2]}-{kind[3]}-{a}" for kind in KINDS for a in kind[4]]
