@@ -227,11 +227,12 @@ def multiply(tile: Tile, window: Window) -> Any:
     filters, rows, vectors, places, pitch = tile.filters, tile.rows, window.vectors, staging.places, staging.pitch
     tap_pitch, of_residue, row_words = staging.tap_pitch, NEIGHBOURS * window.vectors, tile.lanes_rows * down * pitch
     of_row, channel, channel_taps = across * of_residue, staging.rows * pitch, R * S * staging.tap_pitch
-    of_thread = rows * of_row
+    # What is one product for each result is written down for all channels: those beyond the last are zero.
+    of_thread, channels, at_once = rows * of_row, tile.channels, R * S == 1
 
     def product(sums, tiles, source_at, weight_at, count):
         x, w = cuda.local.array(of_thread, float32), cuda.local.array(filters, float32)
-        for _ in range(count):
+        for _ in range(channels if at_once else count):
             for r in range(R):
                 for y in range(rows):
                     for residue in range(across):
