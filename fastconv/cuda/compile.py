@@ -408,9 +408,13 @@ def _parse(text: str) -> InstructionMix:
     for at, instruction in enumerate(instructions):
         branch = _BRANCH.search(instruction.text)
         if branch and labels.get(branch[1], at + 1) < at:
-            loops.append(instructions[labels[branch[1]] : at + 1])
-    best = max(loops, key=lambda loop: (_density(loop), -len(loop)), default=[])
-    return InstructionMix(instructions, best)
+            loops.append(range(labels[branch[1]], at + 1))
+    densities = {loop: _density(instructions[loop.start : loop.stop]) for loop in loops}
+    best = max(loops, key=lambda loop: (densities[loop], -len(loop)), default=range(0))
+    # What is around the innermost loop may do a little arithmetic too.
+    inner = [loop for loop in loops if loop[0] in best and loop[-1] in best and 2 * densities[loop] > densities[best]]
+    best = min(inner, key=len, default=best)
+    return InstructionMix(instructions, instructions[best.start : best.stop])
 
 
 def _density(loop: list[Instruction]) -> int:

@@ -18,8 +18,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import ptx, toolchain
+from .elements import Element
 from .epilogue import activate
+from .sums import chained
 
 cuda = toolchain.import_cuda()
 
@@ -49,13 +53,16 @@ class Tile(NamedTuple):
         """Threads of a block."""
         return self.threads_down * self.threads_across
 
+    @property
+    def spread(self) -> Tile:
+        """The tile with 8x8 sums per thread: more threads, which hide each other's copies."""
+        return self._replace(threads_down=self.rows // 8, threads_across=self.columns // 8)
 
-# 8x8 sums per thread, and two blocks of 128 registers on a multiprocessor.
-TILE = Tile(128, 128, 16, 16, 16)
-# For sm_80 to sm_89 with channels last, where 128 registers do not hold what newer ones do: three blocks of 170.
-LOOSE = Tile(64, 128, 16, 8, 16, blocks=3)
+
+# 8x16 sums per thread read a quarter less from shared memory than 8x8: two blocks of 255 registers on a multiprocessor.
+TILE = Tile(128, 128, 16, 16, 8)
 # For few filters, or where single elements are gathered, whose addresses need registers too: 64 filters.
-NARROW = {True: Tile(128, 64, 16, 16, 16), False: Tile(64, 128, 16, 16, 16)}
+NARROW = {True: Tile(256, 64, 16, 16, 8), False: Tile(64, 128, 16, 8, 16, blocks=3)}
 
 
 # --- helpers of all kernels ------------------------------------------------------------------------------------
@@ -551,10 +558,10 @@ def weight_gradient(
         line, place = split(thread, depth)
         pixel = index(first + place)
         n, rest = divided(pixel, plane)
-        start = index((index(n * K) + first_k + line) * plane + rest)
+        start, left = index((index(n * K) + first_k + line) * plane + rest), int32(real_rows - line)
         for j in range(rows * depth // threads):
             further = j * (threads // depth)
-            valid = (pixel < total) & (line + further < real_rows)
+            valid = (pixel < total) & (int32(further) < left)
             to = int32(at + place * int32(row_pitch) + line) + further
             copy_grad(tiles, to, grad, index(start + further * plane),
                       int32(4) if valid else int32(0))  # fmt: skip
@@ -637,18 +644,14 @@ def weight_gradient(
 def add_parts(wide: bool) -> Any:
     """Return the kernel that adds the parts (splits, K, taps, C // groups), in order, into (K, C // groups, taps)."""
     index, divided, _ = width(wide)
+    add_up = chained(Element.of(np.dtype(np.float32)), wide)
 
     def sum_of_parts(partial, out, total, splits, inner, taps):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             rest, tap = divided(number, taps)
             k, c = divided(rest, inner)
-            at = index((k * taps + tap) * inner + c)
-            found = float32(0)
-            for _ in range(splits):
-                found += partial[at]
-                at = index(at + total)
-            out[number] = found
+            out[number] = add_up(partial, index((k * taps + tap) * inner + c), total, splits)
 
     sum_of_parts.__name__ = f"sum_of_parts_{64 if wide else 32}"
     return sum_of_parts

@@ -6,8 +6,8 @@
 (Chellapilla, Puri & Simard, "High performance convolutional neural networks for document processing", 2006, section 2.)
 The input gradient is the product with the transposed weight, which every pixel of the input gathers its share of; the
 weight gradient the product of the output's gradient with the columns, in chains of pixels that are then added up in
-order. Groups, and chains, are matrices side by side. All of them are contiguous, because CuPy copies others; L pixels
-are done at a time, as many as the workspace limit has room for.
+order, and in chains too. Groups, and chains, are matrices side by side. All of them are contiguous, because CuPy
+copies others; L pixels are done at a time, as many as the workspace limit has room for.
 
 cuBLAS sums in float32 as long as the library does not let it round to tf32, which neither CuPy nor PyTorch does unless
 told to. The kernels have run in the emulator with NumPy's products between them, on no GPU.
@@ -28,7 +28,7 @@ from .epilogue import CODES, activate
 from .indices import divided, index_type, needs_wide, step
 from .lanes import loader, storer, widest
 from .steps import Call, Step, renamed
-from .sums import CHAIN
+from .sums import CHAIN, chained
 
 cuda = toolchain.import_cuda()
 
@@ -199,10 +199,14 @@ def gather(element: Element, pixels_inside: bool, wide: bool) -> Any:
 
 @lru_cache(maxsize=8)
 def add_chains(element: Element, channels_inside: bool, wide: bool) -> Any:
-    """Return the kernel that adds up chains (chains, G*K, depth) in order, to the weight gradient (G*K, C, taps)."""
-    index, divide, sums = index_type(wide), divided(wide), element.sums
+    """Return the kernel that adds up chains (chains, G*K, depth) in order, to the weight gradient (G*K, C, taps).
 
-    def im2col_add_chains(product, out, total, chains, add, C, taps):
+    `continues` says to add what "part" holds of launches before; the sum goes there, or if `ends` to `out`, which holds
+    what `adds` says to add it to.
+    """
+    index, divide, add_up = index_type(wide), divided(wide), chained(element, wide)
+
+    def im2col_add_chains(product, part, out, total, chains, continues, ends, adds, C, taps):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
             at = number
@@ -210,13 +214,15 @@ def add_chains(element: Element, channels_inside: bool, wide: bool) -> Any:
                 rest, tap = divide(number, taps)
                 k, c = divide(rest, C)
                 at = index((k * taps + tap) * C + c)
-            value = sums(0)
-            for _ in range(chains):
-                value += product[at]
-                at = index(at + total)
-            if add > 0:
-                value += out[number]
-            out[number] = value
+            value = add_up(product, at, total, chains)
+            if continues > 0:
+                value += part[number]
+            if ends > 0:
+                if adds > 0:
+                    value += out[number]
+                out[number] = value
+            else:
+                part[number] = value
 
     im2col_add_chains.__name__ = f"im2col_add_chains_{element.name}"
     return im2col_add_chains
@@ -258,6 +264,8 @@ def workspace(geometry: ConvGeometry, direction: str, limit: int) -> dict[str, B
             "grads": (chains, g.groups, K, L),
             "product": (chains, g.groups, K, depth),
         }
+        if _is_long(g):
+            shapes["part"] = (g.groups, K, depth)
     elif direction == "input_grad":
         shapes = {
             "packed": (g.groups, depth, K),
@@ -315,6 +323,7 @@ def _block(g: ConvGeometry, direction: str, limit: int) -> Block:
     size = g.groups * g.dtype.itemsize
     if direction == "weight_grad":
         pixels = min(CHAIN, total)
+        limit -= K * depth * size if _is_long(g) else 0
         chains = _even(-(-total // pixels), limit // (size * (pixels * (K + depth) + K * depth)))
         return Block(pixels, chains)
     packed = direction == "input_grad" or g.data_format == "channels_last"
@@ -324,6 +333,11 @@ def _block(g: ConvGeometry, direction: str, limit: int) -> Block:
     # Whole images, so that each pixel of the input is written once; or else parts of one.
     image = math.prod(g.output_size)
     return Block(_even(g.batch, room // image) * image if room >= image else _even(image, room))
+
+
+def _is_long(g: ConvGeometry) -> bool:
+    """Return whether there may be so many launches for the weight gradient that what they add must be chains too."""
+    return _pixels(g) > CHAIN * CHAIN
 
 
 def _even(count: int, most: int) -> int:
@@ -380,15 +394,17 @@ class _Launches:
         """Columns and output gradients, products of chains, and their sums, block by block."""
         g, G, K, depth, L = self.g, self.G, self.K, self.depth, self.block.pixels
         made: list[Step | Call] = []
-        elements = math.prod(g.weight_shape)
-        for first in range(0, self.total, L * self.block.chains):
+        elements, starts = math.prod(g.weight_shape), range(0, self.total, L * self.block.chains)
+        together = CHAIN if _is_long(g) else 1
+        for turn, first in enumerate(starts):
             chains = min(self.block.chains, -(-(self.total - first) // L))
             made.append(self.columns("x", False, first, L, chains))
             made.append(self.columns("grad_output", True, first, L, chains))
             made.append(_product("grads", "columns", "product", chains * G, K, L, depth))
-            kernel = add_chains(self.element, self.last, self.wide)
-            numbers = (elements, chains, int(first > 0), self.C, self.taps)
-            made.append(self._step(kernel, ("product", "out"), numbers, elements))
+            kernel, place, ends = add_chains(self.element, self.last, self.wide), turn % together, first == starts[-1]
+            flags = place > 0, ends or place == together - 1, turn >= together
+            numbers = (elements, chains, *map(int, flags), self.C, self.taps)
+            made.append(self._step(kernel, ("product", "part" if _is_long(g) else "out", "out"), numbers, elements))
         return made
 
     def columns(self, source: str, pixels_inside: bool, first: int, L: int, chains: int = 1) -> Step:

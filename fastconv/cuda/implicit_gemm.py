@@ -19,11 +19,11 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import gemm_kernels, roofline, toolchain
+from . import gemm_kernels, roofline, sums, toolchain
 from .architecture import Architecture
 from .blocking import Phase, phases
 from .epilogue import CODES
-from .gemm_kernels import LOOSE, NARROW, TILE, Tile
+from .gemm_kernels import NARROW, TILE, Tile
 from .steps import Step
 
 toolchain.import_cuda()
@@ -168,16 +168,13 @@ class _Places:
 def _tile(geometry: ConvGeometry, direction: str, architecture: str = "sm_90a") -> Tile:
     """Return the tile that loses least: half as many filters where there are few, or single elements are gathered.
 
-    The size of its filters does not depend on the architecture, and so neither does the workspace.
+    Its size does not depend on the architecture, and so neither does the workspace.
     """
     inner, lines = _channels(geometry, direction)
     channels_last = geometry.data_format == "channels_last"
-    if direction != "weight_grad":
-        if lines <= 64 or inner % (4 if channels_last else TILE.depth):
-            return NARROW[channels_last]
-        if channels_last and 80 <= Architecture.named(architecture).capability < 90:
-            return LOOSE
-    return TILE
+    few = lines <= 64 or inner % (4 if channels_last else TILE.depth)
+    tile = NARROW[channels_last] if direction != "weight_grad" and few else TILE
+    return tile if _has_copies(architecture) else tile.spread
 
 
 @lru_cache(maxsize=4096)
@@ -208,7 +205,8 @@ def _share(geometry: ConvGeometry, limit: int, tile: Tile) -> _Share:
     steps = -(-total // tile.depth)
     tiles = -(-filters // tile.rows) * -(-columns // tile.columns) * g.groups
     room = (limit - 4 * steps * tile.depth * _index_dtype(g).itemsize) // (4 * math.prod(g.weight_shape))
-    splits = min(-(-ENOUGH_BLOCKS // tiles), steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
+    wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-total // (CHAIN * sums.CHAIN)))
+    splits = min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
     each = min(-(-steps // max(splits, 1)), max(CHAIN // tile.depth, 1))
     splits = max(min(-(-steps // max(each, 1)), splits), 1)
     return _Share(steps, max(each, 1), splits, steps * tile.depth)

@@ -27,14 +27,15 @@ ENOUGH_BLOCKS = 1056
 MOST_SHARES = 65535
 
 
-def shares(pixels: int, blocks: int, down: int) -> tuple[int, int]:
+def shares(pixels: int, blocks: int, down: int, room: int = MOST_SHARES) -> tuple[int, int]:
     """Return (how many shares, pixels of one) for so many pixels, blocks beside each other and rows of a block.
 
-    There are enough shares to fill a GPU and to keep running sums short.
+    There are enough shares to fill a GPU and to keep running sums short, but no more than there is `room` for.
     """
-    wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)), 1)
-    share = max(-(-pixels // min(wanted, MOST_SHARES)), 1)
-    return max(-(-pixels // share), 1), share
+    wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)))
+    share = max(-(-pixels // max(min(wanted, room, MOST_SHARES), 1)), 1)
+    count = max(-(-pixels // share), 1)
+    return count, -(-pixels // count)
 
 
 @lru_cache(maxsize=16)
@@ -54,21 +55,32 @@ def tree(wide: bool, across: int, down: int) -> Any:
 
 
 @lru_cache(maxsize=16)
+def chained(element: Element, wide: bool) -> Any:
+    """Return the function that adds `count` numbers in order, each `step` after the last, in chains."""
+    index, sums = index_type(wide), element.sums
+
+    def add_up(parts, at, step, count):
+        result = sums(0)
+        for first in range(index(0), count, CHAIN):
+            chain = sums(0)
+            for _ in range(first, min(index(first + CHAIN), count)):
+                chain += parts[at]
+                at = index(at + step)
+            result += chain
+        return result
+
+    return add_up
+
+
+@lru_cache(maxsize=16)
 def add_parts(element: Element, wide: bool) -> Any:
     """Return the kernel that adds up (count, total) sums in order and in chains, one result a thread."""
-    index, sums, narrow = index_type(wide), element.sums, element.narrow
+    index, narrow, add_up = index_type(wide), element.narrow, chained(element, wide)
 
     def sums_add_parts(parts, out, total, count):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < total:
-            result, at = sums(0), number
-            for first in range(index(0), count, CHAIN):
-                chain = sums(0)
-                for _ in range(first, min(index(first + CHAIN), count)):
-                    chain += parts[at]
-                    at = index(at + total)
-                result += chain
-            out[number] = narrow(result)
+            out[number] = narrow(add_up(parts, number, total, count))
 
     sums_add_parts.__name__ = f"sums_add_parts_{element.name}_{64 if wide else 32}"
     return sums_add_parts

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..registry import Buffer
-from . import gemm_kernels, roofline, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
+from . import gemm_kernels, roofline, sums, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
 from .architecture import Architecture
 from .blocking import Phase, phases
 from .elements import Element
@@ -38,8 +38,8 @@ THREADS = 128
 MOST_BLOCKS = 65535
 # Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
 ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
-# Pixels of one running sum: one addition for 8 or 16 of them.
-CHAIN = 16384
+# Pixels of one running sum of the weight gradient: one addition for 8 or 16 of them.
+CHAIN = 8 * sums.CHAIN
 # Not measured: the share of the tensor cores' peak; the newest have other instructions than mma for the whole of it.
 SHARES, SHARE = {"sm_90": 0.45, "sm_100": 0.2, "sm_103": 0.2}, 0.6
 
@@ -402,7 +402,7 @@ def grad_tile(units: Units, filters: int) -> Tile:
 
 
 class Share(NamedTuple):
-    """How blocks share out the pixels of a weight gradient: tile, chunks of all taps, steps in all and of a block."""
+    """How blocks share out the pixels of a weight gradient: tile, chunks of all taps, steps in all and at a time."""
 
     tile: Tile
     columns: int
@@ -427,11 +427,13 @@ class Share(NamedTuple):
         taken = 4 * steps * depth * _index_dtype(g, units).itemsize
         taken += sum(b.nbytes for name in ("x", "grad_output") for b in Pixels.of(g, name, units).buffers().values())
         room = (limit - taken) // (4 * part)
-        wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-steps * depth // CHAIN))
+        chain = max(CHAIN // depth, 1)
+        wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-steps // (chain * sums.CHAIN)))
         splits = min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
-        each = -(-steps // max(splits, 1))
+        each = max(min(-(-steps // max(splits, 1)), chain), 1)
         products = tiles * tile.rows * tile.columns * steps * tile.chunks
-        return cls(tile, columns, steps, each, max(-(-steps // max(each, 1)), 1), steps * depth, part, products)
+        splits = max(min(-(-steps // each), splits), 1)
+        return cls(tile, columns, steps, each, splits, steps * depth, part, products)
 
 
 def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> dict[str, Buffer]:
@@ -447,7 +449,9 @@ def _grad_workspace(g: ConvGeometry, units: Units, limit: int, tile: Tile | None
 def _grad_steps(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) -> list[Step]:
     share = Share.of(g, units, limit, tile)
     x, grad = (Pixels.of(g, name, units) for name in ("x", "grad_output"))
-    made = [*x.steps(), *grad.steps(), table_step(g, units, share, x), correlate_step(g, units, share, x, grad)]
+    made = [*x.steps(), *grad.steps(), table_step(g, units, share, x)]
+    for skip in range(0, max(share.steps, 1), share.each * share.splits):
+        made.append(correlate_step(g, units, share, x, grad, skip > 0, skip))
     return [*made, _add_step(g, units, share)]
 
 
@@ -469,11 +473,16 @@ def table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
     )  # fmt: skip
 
 
-def correlate_step(g: ConvGeometry, units: Units, share: Share, x: Pixels, grad: Pixels, add: bool = False) -> Step:
-    """Return the launch that multiplies pixels of both, and writes parts of the sums or adds to them."""
+def correlate_step(
+    g: ConvGeometry, units: Units, share: Share, x: Pixels, grad: Pixels, add: bool = False, skip: int = 0
+) -> Step:
+    """Return the launch that multiplies pixels of both, and writes parts of the sums or adds to them.
+
+    The blocks' shares begin at the step `skip`.
+    """
     wide, tile, filters = is_wide(g, units), share.tile, g.out_channels // g.groups
     numbers = (
-        g.batch * math.prod(g.output_size), share.steps, share.each, int(add), g.groups, filters, grad.chunks,
+        g.batch * math.prod(g.output_size), skip, share.steps, share.each, int(add), g.groups, filters, grad.chunks,
         grad.of_chunk, grad.of_pixel, grad.plane, math.prod(g.kernel_size), x.chunks, x.of_chunk, x.of_pixel, x.plane,
         *g.input_size, *g.kernel_size[1:], *g.dilation,
     )  # fmt: skip

@@ -14,9 +14,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from . import ptx, toolchain
 from .elements import Element
 from .gemm_kernels import OUTSIDE, inside, split, width
+from .sums import chained
 from .tensor_core_kernels import Tile, as_they_are, decoder, multiply, warp_place
 from .tensor_core_units import Units
 
@@ -82,6 +85,40 @@ def loaders(tile: Tile, units: Units) -> tuple[Any, Any]:
     return (load_rows, load_columns) if units.chunk == 8 else (load_row_words, load_column_words)
 
 
+def pairs(tile: Tile, units: Units, load_rows: Any, load_columns: Any) -> Any:
+    """Return what `multiply` does for numbers that are split, with half the additions outside of tensor cores.
+
+    Two steps are summed there, of 16 products together as in one of bfloat16. Chunks are a multiple of 4.
+    """
+    planes, mma, steps, (rows, columns) = units.planes, units.mma, tile.chunks // 2, tile.warp
+    down, across, of_columns = rows // 16, columns // 8, columns // 4
+    rows_size, columns_size, part_size = 4 * planes, of_columns * planes, 4 * across
+
+    def product(sums, tiles, rows_at, columns_at):
+        a, further_a = cuda.local.array(rows_size, uint32), cuda.local.array(rows_size, uint32)
+        b, further_b = cuda.local.array(columns_size, uint32), cuda.local.array(columns_size, uint32)
+        part = cuda.local.array(part_size, float32)
+        for pair in range(steps // 2):
+            load_columns(b, tiles, columns_at, 2 * pair)
+            load_columns(further_b, tiles, columns_at, 2 * pair + 1)
+            for i in range(down):
+                load_rows(a, tiles, rows_at, 2 * pair, i)
+                load_rows(further_a, tiles, rows_at, 2 * pair + 1, i)
+                for s in range(part_size):
+                    part[s] = float32(0)
+                # The smallest products first.
+                for level in range(planes):
+                    for p in range(planes - level):
+                        q = planes - 1 - level - p
+                        for j in range(across):
+                            mma(part, 4 * j, a, 4 * p, b, of_columns * q + 2 * j)
+                            mma(part, 4 * j, further_a, 4 * p, further_b, of_columns * q + 2 * j)
+                for s in range(part_size):
+                    sums[i * part_size + s] += part[s]
+
+    return product
+
+
 def lane_places(tile: Tile, units: Units) -> Any:
     """Return the places from which a lane loads, within tiles of rows and of columns."""
     words = units.chunk == 4
@@ -110,6 +147,7 @@ def buffer_words(tile: Tile, units: Units) -> tuple[int, int]:
 def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     """Return the kernel of the products: partial is (splits, G, K // G, taps, C // G in whole chunks), or `add` to it.
 
+    The shares begin at the step `skip`.
     Threads are enough to copy eight pixels of a tile at once, or four of words: its swizzle is then the same for all.
     """
     rows, columns, threads, stages, chunk = tile.rows, tile.columns, tile.threads, tile.stages, units.chunk
@@ -124,7 +162,7 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     index, _, entry_at = width(wide)
     row_place, column_place = swizzle(row_chunks, words), swizzle(column_chunks, words)
     warp_of, lanes_of = warp_place(tile), lane_places(tile, units)
-    product = multiply(tile, units, *loaders(tile, units))
+    product = (pairs if units.split and tile.chunks % 4 == 0 else multiply)(tile, units, *loaders(tile, units))
 
     def fetch_rows(tiles, at, grad, first, total, has_filters, grad_at, grad_step, grad_plane, row_pixel):
         for j in range(depth // rows_at_once):
@@ -146,8 +184,8 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
                 start = index(start + x_plane)
 
     def kernel(
-        x, grad, pixels, partial, total, steps, share, add, groups, filters, filter_chunks, of_grad_chunk, grad_step,
-        grad_plane, taps, chunks_of_tap, of_chunk, x_step, x_plane, D, H, W, R, S, d_step, h_step, w_step,
+        x, grad, pixels, partial, total, skip, steps, share, add, groups, filters, filter_chunks, of_grad_chunk,
+        grad_step, grad_plane, taps, chunks_of_tap, of_chunk, x_step, x_plane, D, H, W, R, S, d_step, h_step, w_step,
     ):  # fmt: skip
         tiles = ptx.pointer_to(cuda.shared.array(0, uint32, alignment=128))
         thread = int32(cuda.threadIdx.x)
@@ -173,7 +211,7 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
         sums = cuda.local.array(sums_of_thread, float32)
         for i in range(sums_of_thread):
             sums[i] = float32(0)
-        step = index(part * share)
+        step = index(skip + part * share)
         end = index(min(index(step + share), index(steps)))
         first = index(step * index(depth))
         for stage in range(ahead):
@@ -221,6 +259,7 @@ def add(element: Element, chunk: int, channels_last: bool, wide: bool) -> Any:
     """Return the kernel that adds up the parts, in order, into (K, C // G, taps): one element a thread."""
     index, divided, _ = width(wide)
     widen, narrow, decode = element.widen, element.narrow, decoder(wide)
+    add_up = chained(Element.of(np.dtype(np.float32)), wide)
 
     def tensor_core_add(
         x, grad, partial, out, elements, splits, filters, inner, taps, chunks_of_tap, pixels, C, D, H, W, K, O, P, Q,
@@ -232,10 +271,7 @@ def add(element: Element, chunk: int, channels_last: bool, wide: bool) -> Any:
             k, c = divided(rest, inner)
             columns = index(taps * chunks_of_tap * chunk)
             at = index(k * columns + tap * chunks_of_tap * chunk + c)
-            value = float32(0)
-            for _ in range(splits):
-                value += partial[at]
-                at = index(at + K * columns)
+            value = add_up(partial, at, index(K * columns), splits)
             lost = float32(value - value)
             if lost != lost:
                 value = float32(0)

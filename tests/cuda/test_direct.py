@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support import DIRECTIONS, ConvProblem, conv_problem, normal, whole
 
 import fastconv
-from fastconv import reference
-from fastconv.cuda import direct, run, sums
+from fastconv import reference, registry
+from fastconv.cuda import direct, direct_taps, run, sums
 from fastconv.cuda.architecture import TESTED
 from fastconv.cuda.compile import budget, compile_kernel
 from fastconv.testing import ConvCase, assert_close
@@ -81,15 +81,26 @@ def test_the_order_of_threads_does_not_matter(data_format, seed):
 
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_long_sums_are_chains_and_parts(data_format, monkeypatch):
-    for module in (direct, sums):
+    for module in (direct, direct_taps, sums):
         monkeypatch.setattr(module, "CHAIN", 2)
     problem = conv_problem(ConvCase("long", (2, 7, 1, 9, 11), (2, 7, 1, 2, 2)), np.float32, whole)
     g = problem.geometry().lifted(data_format, problem.dtype)
-    assert direct.workspace(g, "weight_grad", 0, THREADS)["parts"].shape[0] > 1
+    assert direct.workspace(g, "weight_grad", 1 << 20, THREADS)["parts"].shape[0] > 1
     for direction in DIRECTIONS:
         how = {"threads": THREADS, "bias": direction == "forward"}
         got = emulate_conv(direct, problem, direction, data_format, **how)
         assert np.array_equal(got, expected(problem, direction))
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000])
+def test_shares_of_the_weight_gradient_fit_the_limit(limit, monkeypatch):
+    monkeypatch.setattr(sums, "LEAST", 1)
+    problem = conv_problem(ConvCase("shared", (2, 3, 1, 9, 11), (2, 3, 1, 2, 2)), np.float32, whole)
+    g = problem.geometry().lifted("channels_first", problem.dtype)
+    buffers = direct.workspace(g, "weight_grad", limit, THREADS)
+    assert registry.workspace_bytes(buffers) <= limit
+    got = emulate_conv(direct, problem, "weight_grad", "channels_first", limit=limit, threads=THREADS, bias=False)
+    assert np.array_equal(got, expected(problem, "weight_grad"))
 
 
 def test_chains_keep_the_promise_of_float32_at_any_depth():
@@ -167,7 +178,7 @@ def geometry(data_format, dtype=np.float32):
 def test_machine_code_keeps_the_budget(direction, data_format, architecture):
     how = {} if direction == "weight_grad" else {"activation": "relu", "bias": True}
     # The first; the one that adds parts is short.
-    step = direct.steps(geometry(data_format), direction, **how)[0]
+    step = direct.steps(geometry(data_format), direction, threads=128, **how)[0]
     made = compile_kernel(step.kernel, step.signature, architecture)
     assert budget(made, 64, ("LDG.E", "STG.E", "FFMA")) == []
 
@@ -176,7 +187,7 @@ def test_machine_code_keeps_the_budget(direction, data_format, architecture):
 @pytest.mark.parametrize("wide", [False, True])
 def test_machine_code_of_other_dtypes_and_wide_indices_keeps_the_budget(dtype, wide, monkeypatch):
     monkeypatch.setattr(direct, "needs_wide", lambda geometry: wide)
-    (step,) = direct.steps(geometry("channels_last", dtype), "input_grad", "relu", True)
+    (step,) = direct.steps(geometry("channels_last", dtype), "input_grad", "relu", True, threads=128)
     expected = {8: ("LDG.E.64", "DFMA"), 2: ("LDG.E.U16", "FFMA")}[np.dtype(dtype).itemsize]
     faults = budget(compile_kernel(step.kernel, step.signature), 128, expected, double=dtype is np.float64)
     # Division of 64-bit numbers is a subroutine.
@@ -185,7 +196,7 @@ def test_machine_code_of_other_dtypes_and_wide_indices_keeps_the_budget(dtype, w
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "sigmoid", "tanh"])
 def test_activations_are_not_in_double_precision(activation):
-    (step,) = direct.steps(geometry("channels_first"), "forward", activation, True)
+    (step,) = direct.steps(geometry("channels_first"), "forward", activation, True, threads=128)
     faults = budget(compile_kernel(step.kernel, step.signature), 64, ("FFMA",))
     # What the quotient of a sigmoid needs for numbers near the limits of float32.
     assert faults in ([], ["1 CALL"])

@@ -90,10 +90,25 @@ def test_blocks_of_pixels_fit_the_limit(direction, limit, data_format, monkeypat
     problem = conv_problem(case, np.dtype(np.float32), whole)
     g = lifted(problem, data_format)
     stated = registry.workspace_bytes(im2col.workspace(g, direction, limit))
-    assert stated <= max(limit, 400)
+    assert stated <= max(limit, 420)
     products = [s for s in im2col.steps(g, direction, limit=stated) if isinstance(s, Call)]
     assert len(products) > 1
     assert im2col.workspace(g, direction, stated) == im2col.workspace(g, direction, limit)
+    im2col._block.cache_clear()
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_what_thousands_of_launches_add_is_chains_too(data_format, monkeypatch):
+    monkeypatch.setattr(im2col, "CHAIN", 2)
+    im2col._block.cache_clear()
+    case = ConvCase("long", (3, 2, 3, 4), (3, 2, 2, 2))
+    check("im2col", case, "weight_grad", data_format, limit=0)
+    g = lifted(conv_problem(case, np.dtype(np.float32), whole), data_format)
+    adding = [s.arguments[5:8] for s in im2col.steps(g, "weight_grad", limit=0) if "out" in s.arguments]
+    continues, ends, adds = np.array(adding).T
+    # 18 pixels are 9 launches, which add to the result in twos.
+    assert (continues.tolist(), ends.tolist()) == ([0, 1, 0, 1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 1, 0, 1, 1])
+    assert adds.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1]
     im2col._block.cache_clear()
 
 

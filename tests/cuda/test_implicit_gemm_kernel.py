@@ -10,10 +10,10 @@ from support import DIRECTIONS, LAYOUTS, conv_problem, whole
 import fastconv
 from fastconv import reference
 from fastconv.activations import ACTIVATIONS
-from fastconv.cuda import implicit_gemm, run
+from fastconv.cuda import implicit_gemm, run, sums
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
-from fastconv.cuda.gemm_kernels import Tile
+from fastconv.cuda.gemm_kernels import NARROW, TILE, Tile
 from fastconv.testing import ConvCase, assert_close
 
 # 32 threads of 4x4 sums: tails in every dimension at a few thousand products a block.
@@ -109,6 +109,14 @@ def test_more_buffers_and_larger_products_of_a_thread(layout, stages):
     assert (compute(problem, layout, "weight_grad", tile) == problem.grads[1]).all()
 
 
+def test_tiles_are_what_the_kernels_take():
+    for tile in (TILE, TILE.spread, *NARROW.values(), *(tile.spread for tile in NARROW.values())):
+        assert tile.threads_down % 4 == tile.threads_across % 8 == tile.columns // tile.threads_across % 4 == 0
+    # A thread copies pixels of one column.
+    for tile in (TILE, TILE.spread, NARROW[False], NARROW[False].spread):
+        assert tile.threads % tile.columns == 0
+
+
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_applied(activation, layout):
@@ -150,6 +158,13 @@ def test_chains_keep_the_promise_of_float32_at_any_depth():
         assert np.sqrt(np.mean((result - wanted) ** 2)) <= 1e-6 * np.sqrt(np.mean(wanted**2))
 
 
+def test_no_more_launches_add_to_a_part_than_a_chain_is_long():
+    for pixels in (2**14, 2**23, 2**31):
+        share = implicit_gemm._share(geometry_of(512, 512, "channels_last", batch=pixels // 784), 1 << 44, TILE)
+        assert share.each * TILE.depth <= implicit_gemm.CHAIN
+        assert -(-share.steps // (share.each * share.splits)) <= sums.CHAIN
+
+
 def test_an_infinity_reaches_what_it_should_and_nothing_else():
     """Padding is not multiplied, and what lies beyond an image or a group is not read."""
     problem = conv_problem(ConvCase("infinite", (2, 3, 4, 5), (4, 3, 3, 3), padding=1), np.float32)
@@ -164,26 +179,26 @@ def test_an_infinity_reaches_what_it_should_and_nothing_else():
         assert (np.isfinite(got) == np.isfinite(wanted)).all()
 
 
-def geometry_of(channels, filters, data_format, **how):
-    shape = (4, 28, 28, channels) if data_format == "channels_last" else (4, channels, 28, 28)
+def geometry_of(channels, filters, data_format, batch=4, **how):
+    shape = (batch, 28, 28, channels) if data_format == "channels_last" else (batch, channels, 28, 28)
     return fastconv.ConvGeometry.create(
         shape, (filters, channels, 3, 3), padding=1, data_format=data_format, **how
     ).lifted(data_format, np.dtype(np.float32))
 
 
 # Channels, filters, memory format, direction, and the share of multiply-adds in the main loop of the product: what is
-# left are loads from shared memory, 64 of 1024, and the addresses and tests of what is gathered.
+# left are loads from shared memory, 96 for 2048, and the addresses and tests of what is gathered.
 BUDGETS = [
-    (64, 128, "channels_last", "forward", 0.87),
-    (64, 128, "channels_first", "forward", 0.83),
-    (3, 64, "channels_last", "forward", 0.68),
-    (64, 128, "channels_last", "weight_grad", 0.86),
-    (64, 128, "channels_first", "weight_grad", 0.74),
+    (64, 128, "channels_last", "forward", 0.90),
+    (64, 128, "channels_first", "forward", 0.90),
+    (64, 128, "channels_last", "weight_grad", 0.90),
+    (64, 128, "channels_first", "weight_grad", 0.79),
+    (64, 64, "channels_first", "forward", 0.85),
+    (3, 64, "channels_last", "forward", 0.75),
 ]
-
-
-# Compiling takes a second or two: every architecture for one kernel, one of each kind for the others.
-ON = [(*row, a) for row in BUDGETS for a in (TESTED if row == BUDGETS[0] else ("sm_75", "sm_86", "sm_90a"))]
+# Compiling takes seconds: every architecture for one kernel, one or two for the others.
+ON = [(*BUDGETS[0], a) for a in TESTED if a != "sm_90a"] + [(*row, "sm_90a") for row in BUDGETS]
+ON += [(*row, "sm_120") for row in BUDGETS[1:3]]
 
 
 @pytest.mark.parametrize(("channels", "filters", "data_format", "direction", "share", "architecture"), ON)
@@ -201,9 +216,10 @@ def test_machine_code_keeps_its_budget(channels, filters, data_format, direction
     if channels % 4 == 0 and data_format == "channels_last" and architecture != "sm_75":
         expected.append("LDGSTS.E.BYPASS.128")
     # The way out of the loop for sm_8x: a jump that ptxas writes as a call.
-    assert [fault for fault in budget(made, 168, expected) if fault != "1 CALL"] == []
+    assert [fault for fault in budget(made, 255, expected) if fault != "1 CALL"] == []
     mix = sass(made)
-    assert mix.count("FFMA", loop=True) / len(mix.main_loop) >= share
+    # On sm_75 threads have half as many sums, and copy through registers.
+    assert mix.count("FFMA", loop=True) / len(mix.main_loop) >= (share - 0.02 if architecture == "sm_75" else share)
     assert made.occupancy(math.prod(step.block), step.shared_bytes) * ARCHITECTURES[architecture].threads >= 256
 
 

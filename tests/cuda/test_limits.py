@@ -79,7 +79,7 @@ def check_plan(algorithm, g, direction, limit, architecture="sm_90a"):
     if stated > limit:
         assert registry.workspace_bytes(algorithm.workspace(g, direction, 0)) >= stated
         # It is refused, unless nothing else is left.
-        if algorithm.name not in ("direct", "depthwise"):
+        if algorithm.name != "depthwise":
             return
     fused = direction in getattr(algorithm.implementation, "FUSED", ("forward",)) and direction != "weight_grad"
     plans = [

@@ -14,7 +14,7 @@ from support import DIRECTIONS, PROMISES, conv_problem, normal, whole
 import fastconv
 from fastconv import reference, selection
 from fastconv.activations import ACTIVATIONS
-from fastconv.cuda import direct, ptx, run, tensor_core, tensor_core_kernels
+from fastconv.cuda import direct, ptx, run, sums, tensor_core, tensor_core_kernels
 from fastconv.cuda.architecture import ARCHITECTURES, TESTED
 from fastconv.cuda.compile import budget, compile_kernel, sass
 from fastconv.cuda.faults import UninitialisedError
@@ -105,6 +105,29 @@ def test_float32_keeps_its_promise(name, direction):
     assert error <= PROMISES[precision]
     # What is promised is not reached by less: planes are there, and multiplied.
     assert precision == "highest" or error > PROMISES[{"medium": "high", "high": "highest"}[precision]]
+
+
+@pytest.mark.parametrize("name", ["MMA", "implicit_gemm_tf32x3"])
+def test_sums_of_many_pixels_are_chains(name, monkeypatch):
+    algorithm, dtype = algorithm_of(name)
+    # One step of pixels each, of ten or more, shared out among two blocks.
+    monkeypatch.setattr(tensor_core, "CHAIN", 1)
+    monkeypatch.setattr(tensor_core, "ENOUGH_BLOCKS", 2)
+    problem = conv_problem(CASES[11], dtype, whole)
+    got = compute(algorithm, problem, "weight_grad", "channels_last")
+    assert np.array_equal(got, expected(problem, "weight_grad"))
+
+
+@pytest.mark.parametrize("pixels", [2**14, 2**23, 2**31])
+def test_running_sums_of_the_weight_gradient_are_short(pixels):
+    """Of pixels in registers, and of what launches add to a part: what a chain is for `sums`."""
+    g = fastconv.ConvGeometry.create((pixels // 2**12, 64, 64, 64), (256, 64, 1, 1)).lifted(
+        "channels_last", np.dtype(np.float32)
+    )
+    for units in (TF32X3.units["float32"], BF16X6.units["float32"]):
+        share = tensor_core.Share.of(g, units, 1 << 44, None)
+        assert share.each * share.tile.chunks * units.chunk <= 8 * sums.CHAIN
+        assert -(-share.steps // (share.each * share.splits)) <= sums.CHAIN
 
 
 # The smallest product of a warpgroup.
@@ -289,7 +312,7 @@ KINDS = [
     ("MMA", MMA, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
     ("TF32X3", TF32X3, "channels_last", "forward", ["sm_80", "sm_90a", "sm_120"]),
     ("BF16X6", BF16X6, "channels_last", "forward", ["sm_80", "sm_90a"]),
-    ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a"]),
+    ("TF32X3", TF32X3, "channels_last", "weight_grad", ["sm_80", "sm_90a", "sm_120"]),
 ]
 ON = [(*kind[1:4], a) for kind in KINDS for a in kind[4]]
 IDS = [f"{kind[0]}-{kind[2]}-{kind[3]}-{a}" for kind in KINDS for a in kind[4]]
