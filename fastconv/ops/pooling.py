@@ -171,7 +171,7 @@ def max_poolNd_backward(
         batched(grad, batched_), batched(where, batched_), batch, channels, spatial, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=-1)
+        raise_index(where, spatial, lowest=-1)
     if key is not None:
         shape = (*input_shape,)
         prepare = runner(library.device).prepared_max_pool_backward
@@ -241,7 +241,7 @@ def max_unpoolNd(
         batched(x, batched_), batched(where, batched_), batch, channels, spatial, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=0)
+        raise_index(where, spatial, lowest=0)
     return library.give_back(as_given(y, batched_))
 
 
@@ -274,7 +274,7 @@ def max_unpoolNd_backward(dims: int, grad_output: Any, indices: Any, *, data_for
         batched(grad, batched_), batched(where, batched_), batch, channels, small, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=0)
+        raise_index(where, spatial, lowest=0)
     return library.give_back(as_given(dx, batched_))
 
 
@@ -502,7 +502,7 @@ def lp_poolNd(
     """
     library, (x,) = adopt_all(x=x)
     check_floating("x", x)
-    power = _norm_type(norm_type)
+    power = checked_norm(norm_type)
     kernel = sizes("kernel_size", kernel_size, dims, 1, one_for_all=False)
     geometry = PoolGeometry.create(
         x.shape, kernel, stride, padding, dilation, ceil_mode,
@@ -546,7 +546,7 @@ def lp_poolNd_backward(
     library, (grad, x) = adopt_all(grad_output=grad_output, x=x)
     check_floating("x", x)
     arrays.check_same_dtype("grad_output", grad, "x", x.dtype)
-    power = _norm_type(norm_type)
+    power = checked_norm(norm_type)
     if math.isinf(power):
         raise ArgumentError("norm_type must be finite for the gradient; use max_pool on abs(x) for infinity")
     kernel = sizes("kernel_size", kernel_size, dims, 1, one_for_all=False)
@@ -611,7 +611,8 @@ def _check_index_dtype(indices: np.ndarray) -> None:
         raise DTypeError(f"indices must have dtype int64, not {indices.dtype}")
 
 
-def _raise_index(indices: np.ndarray, spatial: tuple[int, ...], lowest: int) -> None:
+def raise_index(indices: np.ndarray, spatial: tuple[int, ...], lowest: int) -> None:
+    """Raise an error that shows an index which is outside a plane of size `spatial`."""
     size = math.prod(spatial)
     bad = indices[(indices < lowest) | (indices >= size)]
     raise ArgumentError(f"indices must lie in 0 to {size - 1} for a plane of size {spatial}, not {int(bad.flat[0])}")
@@ -627,7 +628,8 @@ def checked_divisor(value: Any) -> int:
     return divisor
 
 
-def _norm_type(value: Any) -> float:
+def checked_norm(value: Any) -> float:
+    """Return p of the p-norm."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"norm_type must be a number, not {value!r}")
     power = float(value)
