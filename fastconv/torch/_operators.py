@@ -27,6 +27,8 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 # Axes of (N, C, ...) as (N, ..., C), and back, by the number of dimensions.
 _TO_LAST = {n: (0, *range(2, n), 1) for n in (3, 4, 5)}
 _TO_FIRST = {n: (0, n - 1, *range(1, n - 1)) for n in (3, 4, 5)}
+# Axes whose strides grow in channels-last memory, save for the batch.
+_GROWING = {n: (1, *reversed(range(2, n))) for n in (3, 4, 5)}
 
 How = tuple[Any, ...]
 Tensors = tuple[torch.Tensor, ...]
@@ -214,7 +216,10 @@ def checked_tensor(x: Any) -> torch.Tensor:
 
 
 def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], *rest: Any) -> Any:
-    """Compute from batches or single images of either data format: the views that make them batches cost no copy."""
+    """Compute from batches or single images of either data format, by views that are batches.
+
+    PyTorch gives contiguous results of single images, however they lie; so they are copied first, where they are not.
+    """
     x = images[0]
     if data_format == "channels_first" and x.ndim == dims + 2:
         return operation(*images, *rest)
@@ -224,8 +229,9 @@ def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[
             f"x must have {dims + 2} dimensions, or {dims + 1} without a batch, not shape {tuple(x.shape)}"
         )
     alone = x.ndim == dims + 1
-    batches = [t.unsqueeze(0) if alone else t for t in images]
-    first = [t.permute(_TO_FIRST[t.ndim]) if last else t for t in batches]
+    if alone:
+        images = tuple((t if last else lying_first(t)).unsqueeze(0) for t in images)
+    first = [t.permute(_TO_FIRST[t.ndim]) if last else t for t in images]
 
     def as_given(t: torch.Tensor) -> torch.Tensor:
         t = t.permute(_TO_LAST[t.ndim]) if last else t
@@ -266,24 +272,46 @@ def to_tensor(result: Any) -> torch.Tensor:
     """Return a tensor over an array, which is no view of another."""
     if type(result) is not np.ndarray:
         return result
-    # The kind of bfloat16; its name takes microseconds to ask for.
+    # `from_numpy` gives an empty tensor strides of 0, which PyTorch's operations do not.
+    # The kind of bfloat16 is V; its name takes microseconds to ask for.
     if result.dtype.kind != "V":
-        return torch.from_numpy(result)
+        found = torch.from_numpy(result)
+        return found if result.size else found.new_empty(result.shape)
+    if not result.size:
+        return torch.empty(result.shape, dtype=torch.bfloat16, device="cpu")
     words = torch.from_numpy(result.view(np.int16))
     empty = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     return empty.set_(words.untyped_storage(), words.storage_offset(), words.shape, words.stride())
 
 
 def lies_last(tensor: torch.Tensor) -> bool:
-    """Return True for a channels-first tensor whose memory is channels-last, and cannot be read as channels-first."""
-    # PyTorch has no such format of one dimension: its results are contiguous there, which models rely on.
-    return tensor.ndim > 3 and not tensor.is_contiguous() and tensor.permute(_TO_LAST[tensor.ndim]).is_contiguous()
+    """Return True for a channels-first tensor that PyTorch takes for channels-last: by its strides alone."""
+    strides = tensor.stride()
+    # Mostly not, and asked for in every call. And channels that are one, expanded, lie nowhere.
+    if strides[1] > strides[-1] or strides[1] == 0:
+        return False
+    shape = tensor.shape
+    # c10/core/MemoryFormat.h: strides grow from channels to batch. Where all these have one element they tell nothing.
+    least = 0
+    for axis in _GROWING[len(shape)]:
+        if shape[axis] == 0 or strides[axis] < least:
+            return False
+        least = strides[axis] * shape[axis]
+    return bool(shape[0] != 0 and strides[0] >= least and least != strides[1])
 
 
-def empty_image(like: torch.Tensor, shape: Sequence[Any], dtype: Any = None) -> torch.Tensor:
+def lying_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor that PyTorch does not take for channels-last."""
+    # The view gives a single channel the strides of many.
+    return tensor.contiguous().view(tensor.shape)
+
+
+def empty_image(like: torch.Tensor, shape: Sequence[Any], dtype: Any = None, last: bool | None = None) -> torch.Tensor:
     """Return an empty (N, C, ...) tensor in the memory format that a result computed from `like` has."""
     dtype = dtype or like.dtype
-    if not lies_last(like):
+    if last is None:
+        last = lies_last(like)
+    if not last:
         return like.new_empty(shape, dtype=dtype)
     n = len(shape)
     return like.new_empty([shape[axis] for axis in _TO_LAST[n]], dtype=dtype).permute(_TO_FIRST[n])

@@ -32,6 +32,7 @@ from ._operators import (
     flat_padding,
     from_image,
     in_pairs,
+    lies_last,
     on_batches,
     to_array,
     to_image,
@@ -47,6 +48,11 @@ _ACTIVATION_GRADS: dict[str, Callable[..., torch.Tensor]] = {
 }
 _NEEDS = {flags: tuple(n for n, f in zip(NEEDS, flags) if f) for flags in product((False, True), repeat=3)}
 INTEGERS = (torch.int8, torch.uint8)
+
+
+def computes_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return True where PyTorch's result is channels-last: where the weight is, or a batch of images."""
+    return (3 < x.ndim == weight.ndim and lies_last(x)) or lies_last(weight)
 
 
 class _Kind:
@@ -147,7 +153,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
 
     def compute(x: Any, weight: Any, bias: Any, how: How) -> torch.Tensor:
         dims, arguments, activation, algorithm, precision = how
-        x, last = to_image(x)
+        x, last = to_image(x, computes_last(x, weight))
         y = kind.call(
             "", dims, (x, to_array(weight), to_array(bias)), arguments, data_format=data_format_of(last),
             activation=activation, algorithm=algorithm, precision=precision,
@@ -156,7 +162,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
 
     def shapes(x: Any, weight: Any, bias: Any, how: How) -> torch.Tensor:
         dtype = torch.int32 if x.dtype in INTEGERS else x.dtype
-        return empty_image(x, kind.output_shape(x, weight, how[1]), dtype)
+        return empty_image(x, kind.output_shape(x, weight, how[1]), dtype, computes_last(x, weight))
 
     def flatten(tensors: Tensors, how: How) -> How:
         return (*kind.flatten(tensors[0], tensors[1], how[1]), *how[2:])
@@ -182,7 +188,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
 
     def compute_gradient(grad: Any, x: Any, weight: Any, how: How) -> Tensors:
         needs, dims, arguments, algorithm, precision = how
-        x_, last = to_image(x)
+        x_, last = to_image(x, computes_last(x, weight))
         grad, _ = to_image(grad, last)
         found = kind.call(
             "_backward", dims, (grad, x_, to_array(weight)), arguments, needs=_NEEDS[needs],
@@ -198,7 +204,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
     def shapes_gradient(grad: Any, x: Any, weight: Any, how: How) -> Tensors:
         dx, dw, db = how[0]
         return (
-            empty_image(x, x.shape) if dx else x.new_empty(0),
+            empty_image(x, x.shape, last=computes_last(x, weight)) if dx else x.new_empty(0),
             x.new_empty(weight.shape) if dw else x.new_empty(0),
             x.new_empty(grad.shape[1]) if db else x.new_empty(0),
         )
@@ -274,7 +280,7 @@ def convNd(
     Parameters
     ----------
     x : Tensor (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
-        In any memory format, which the result has too.
+        In any memory format; the result's is PyTorch's.
     weight, bias, stride, padding, dilation, groups, padding_mode, activation, algorithm, precision
         As :func:`fastconv.convNd` takes them. The gradients are computed in the same precision.
 

@@ -24,6 +24,8 @@ from ._operators import (
     flat_padding,
     from_image,
     in_pairs,
+    lies_last,
+    lying_first,
     on_batches,
     to_image,
 )
@@ -74,7 +76,7 @@ def _by_name(window: How) -> dict[str, Any]:
 
 def _max(x: Any, how: How, return_indices: bool) -> Any:
     dims, window = how
-    x, last = to_image(x)
+    x, last = to_image(x, None if return_indices else _has_format(x))
     found = ops.max_poolNd(dims, x, **_by_name(window), return_indices=return_indices, data_format=data_format_of(last))
     return tuple(from_image(part, last) for part in found) if return_indices else from_image(found, last)
 
@@ -87,12 +89,17 @@ def _max_gather(tensors: Tensors, flat: How) -> How:
     return tensors[0].ndim - 2, _window(flat)
 
 
+def _has_format(x: torch.Tensor) -> bool:
+    """Return True for channels-last images: the maxima of signals, without indices, are contiguous in PyTorch."""
+    return x.ndim > 3 and lies_last(x)
+
+
 def _max_empty(x: Any, how: How) -> torch.Tensor:
-    return empty_image(x, _pooled_shape(x, how[1]))
+    return empty_image(x, _pooled_shape(x, how[1]), last=_has_format(x))
 
 
-def _indexed_empty(x: Any, y: torch.Tensor) -> Tensors:
-    return y, empty_image(x, y.shape, torch.int64)
+def _indexed_empty(x: Any, shape: Any) -> Tensors:
+    return empty_image(x, shape), empty_image(x, shape, torch.int64)
 
 
 def _set_up_input(ctx: Any, inputs: How, output: Any) -> None:
@@ -123,7 +130,7 @@ MAX_POOL: Operation = Operation(
 )  # fmt: skip
 MAX_POOL_WITH_INDICES: Operation = Operation(
     f"max_pool_with_indices(Tensor x, {_WINDOW}) -> (Tensor, Tensor)",
-    1, lambda x, how: _max(x, how, True), lambda x, how: _indexed_empty(x, _max_empty(x, how)),
+    1, lambda x, how: _max(x, how, True), lambda x, how: _indexed_empty(x, _pooled_shape(x, how[1])),
     _max_flatten, _max_gather, _set_up_indices, _indices_backward, _FIRST,
 )  # fmt: skip
 
@@ -147,7 +154,7 @@ def _one_list(tensors: Tensors, flat: How) -> How:
 
 ADAPTIVE_MAX_POOL: Operation = Operation(
     "adaptive_max_pool(Tensor x, SymInt[] output_size) -> (Tensor, Tensor)",
-    1, _adaptive_max, lambda x, how: _indexed_empty(x, empty_image(x, [*x.shape[:2], *how])),
+    1, _adaptive_max, lambda x, how: _indexed_empty(x, [*x.shape[:2], *how]),
     _same_how, _one_list, _set_up_indices, _indices_backward, _FIRST,
 )  # fmt: skip
 
@@ -232,7 +239,8 @@ MAX_UNPOOL: Operation = Operation(
 )  # fmt: skip
 
 
-# --- averages: how = (dims, window, count_include_pad, divisor_override), for the gradient after the input's size --
+# --- averages: how = (dims, window, count_include_pad, divisor_override) ---------------------------------------
+# For the gradient after the input's size and whether it is channels-last, which the gradient is then, too.
 
 
 def _avg(x: Any, how: How) -> torch.Tensor:
@@ -254,7 +262,8 @@ def _avg_gather(tensors: Tensors, flat: How) -> How:
 
 
 def _set_up_size(ctx: Any, inputs: How, output: Any) -> None:
-    ctx.size, ctx.how = tuple(inputs[0].shape[2:]), inputs[-1]
+    x, ctx.how = inputs
+    ctx.image = tuple(x.shape[2:]), lies_last(x)
 
 
 def _set_up_how(ctx: Any, inputs: How, output: Any) -> None:
@@ -262,8 +271,8 @@ def _set_up_how(ctx: Any, inputs: How, output: Any) -> None:
 
 
 def _avg_gradient(grad: Any, how: How) -> torch.Tensor:
-    size, dims, window, counted, divisor = how
-    grad, last = to_image(grad)
+    size, last, dims, window, counted, divisor = how
+    grad, _ = to_image(grad, last)
     shape = (grad.shape[0], *size, grad.shape[-1]) if last else (*grad.shape[:2], *size)
     dx = ops.avg_poolNd_backward(
         dims, grad, shape, **_by_name(window), count_include_pad=counted, divisor_override=divisor,
@@ -273,29 +282,33 @@ def _avg_gradient(grad: Any, how: How) -> torch.Tensor:
 
 
 def _avg_gradient_flatten(tensors: Tensors, how: How) -> How:
-    size, _, window, *rest = how
-    return (list(size), *_flat_window(size, window), *rest)
+    size, last, _, window, *rest = how
+    return (list(size), last, *_flat_window(size, window), *rest)
 
 
 def _avg_gradient_gather(tensors: Tensors, flat: How) -> How:
-    return tuple(flat[0]), *_avg_gather(tensors, flat[1:])
+    return tuple(flat[0]), flat[1], *_avg_gather(tensors, flat[2:])
 
 
+def _empty_gradient(grad: Any, how: How) -> torch.Tensor:
+    return empty_image(grad, [*grad.shape[:2], *how[0]], last=how[1])
+
+
+_IMAGE = "SymInt[] input_size, bool channels_last"
 _AVERAGE = f"{_WINDOW}, bool count_include_pad, int? divisor_override"
 AVG_POOL: Operation = Operation(
     f"avg_pool(Tensor x, {_AVERAGE}) -> Tensor",
     1, _avg, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _avg_flatten, _avg_gather,
-    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (ctx.size, *ctx.how)),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (*ctx.image, *ctx.how)),), _FIRST,
 )  # fmt: skip
 AVG_POOL_BACKWARD: Operation = Operation(
-    f"avg_pool_backward(Tensor grad_output, SymInt[] input_size, {_AVERAGE}) -> Tensor",
-    1, _avg_gradient, lambda grad, how: empty_image(grad, [*grad.shape[:2], *how[0]]),
-    _avg_gradient_flatten, _avg_gradient_gather,
-    _set_up_how, lambda ctx, saved, grad: (AVG_POOL(grad, ctx.how[1:]),), _FIRST,
+    f"avg_pool_backward(Tensor grad_output, {_IMAGE}, {_AVERAGE}) -> Tensor",
+    1, _avg_gradient, _empty_gradient, _avg_gradient_flatten, _avg_gradient_gather,
+    _set_up_how, lambda ctx, saved, grad: (AVG_POOL(grad, ctx.how[2:]),), _FIRST,
 )  # fmt: skip
 
 
-# --- adaptive averages: how = output_size, and input_size for the gradient -------------------------------------
+# --- adaptive averages: how = output_size; for the gradient (input_size, channels_last) ------------------------
 
 
 def _adaptive_avg(x: Any, how: How) -> torch.Tensor:
@@ -304,9 +317,17 @@ def _adaptive_avg(x: Any, how: How) -> torch.Tensor:
 
 
 def _adaptive_avg_gradient(grad: Any, how: How) -> torch.Tensor:
-    grad, last = to_image(grad)
-    shape = (grad.shape[0], *how, grad.shape[-1]) if last else (*grad.shape[:2], *how)
-    return from_image(ops.adaptive_avg_poolNd_backward(len(how), grad, shape, data_format=data_format_of(last)), last)
+    size, last = how
+    grad, _ = to_image(grad, last)
+    shape = (grad.shape[0], *size, grad.shape[-1]) if last else (*grad.shape[:2], *size)
+    dx = ops.adaptive_avg_poolNd_backward(len(size), grad, shape, data_format=data_format_of(last))
+    return from_image(dx, last)
+
+
+def _set_up_adaptive(ctx: Any, inputs: How, output: Any) -> None:
+    x, how = inputs
+    # One average of all is `mean` to PyTorch, whose gradient is contiguous.
+    ctx.image = tuple(x.shape[2:]), any(n != 1 for n in how) and lies_last(x)
 
 
 def _empty_sized(x: Any, how: How) -> torch.Tensor:
@@ -316,12 +337,13 @@ def _empty_sized(x: Any, how: How) -> torch.Tensor:
 ADAPTIVE_AVG_POOL: Operation = Operation(
     "adaptive_avg_pool(Tensor x, SymInt[] output_size) -> Tensor",
     1, _adaptive_avg, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.size),), _FIRST,
+    _set_up_adaptive, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.image),), _FIRST,
 )  # fmt: skip
 ADAPTIVE_AVG_POOL_BACKWARD: Operation = Operation(
-    "adaptive_avg_pool_backward(Tensor grad_output, SymInt[] input_size) -> Tensor",
-    1, _adaptive_avg_gradient, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.size),), _FIRST,
+    f"adaptive_avg_pool_backward(Tensor grad_output, {_IMAGE}) -> Tensor",
+    1, _adaptive_avg_gradient, _empty_gradient,
+    lambda tensors, how: (list(how[0]), how[1]), lambda tensors, flat: (tuple(flat[0]), flat[1]),
+    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.image[0]),), _FIRST,
 )  # fmt: skip
 
 
@@ -366,6 +388,13 @@ LP_POOL_BACKWARD: Operation = Operation(
 # --- functions -------------------------------------------------------------------------------------------------
 
 
+def _pooled(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], how: How) -> Any:
+    """Pool as PyTorch does, whose results of three dimensions are contiguous, and of unpooling in one, too."""
+    if (dims == 3 or (dims == 1 and operation is MAX_UNPOOL)) and data_format == "channels_first":
+        images = tuple(map(lying_first, images))
+    return on_batches(operation, dims, data_format, images, how)
+
+
 def max_poolNd(
     dims: int,
     x: torch.Tensor,
@@ -383,7 +412,7 @@ def max_poolNd(
     Parameters
     ----------
     x : Tensor (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
-        In any memory format, which the result has too.
+        In any memory format; the result's is PyTorch's.
     kernel_size, stride, padding, dilation, ceil_mode, return_indices
         As :func:`fastconv.max_poolNd` takes them.
 
@@ -434,7 +463,7 @@ def adaptive_max_poolNd(
     tensor([[3., 5.]])
     """
     how = _adaptive_size(dims, x, output_size, data_format)
-    found = on_batches(ADAPTIVE_MAX_POOL, dims, data_format, (x,), how)
+    found = _pooled(ADAPTIVE_MAX_POOL, dims, data_format, (x,), how)
     return found if return_indices else found[0]
 
 
@@ -480,7 +509,7 @@ def max_unpoolNd(
         if len(output_size) == dims + 2:
             output_size = output_size[2:] if data_format == "channels_first" else output_size[1:-1]
     how = (dims, kernel_size, stride, padding, output_size)
-    return on_batches(MAX_UNPOOL, dims, data_format, (checked_tensor(x), checked_tensor(indices)), how)
+    return _pooled(MAX_UNPOOL, dims, data_format, (checked_tensor(x), checked_tensor(indices)), how)
 
 
 def avg_poolNd(
@@ -515,7 +544,7 @@ def avg_poolNd(
     tensor([[2.0000, 3.5000]])
     """
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode), count_include_pad, divisor_override)
-    return on_batches(AVG_POOL, dims, data_format, (checked_tensor(x),), how)
+    return _pooled(AVG_POOL, dims, data_format, (checked_tensor(x),), how)
 
 
 def adaptive_avg_poolNd(
@@ -540,7 +569,9 @@ def adaptive_avg_poolNd(
     tensor([[2.0000, 2.5000]])
     """
     how = _adaptive_size(dims, x, output_size, data_format)
-    return on_batches(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
+    if how == (1, 1, 1):
+        return on_batches(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
+    return _pooled(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
 
 
 def lp_poolNd(
@@ -574,7 +605,7 @@ def lp_poolNd(
     tensor([[5., 2.]])
     """
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode), norm_type)
-    return on_batches(LP_POOL, dims, data_format, (checked_tensor(x),), how)
+    return _pooled(LP_POOL, dims, data_format, (checked_tensor(x),), how)
 
 
 _HOME = "fastconv.torch"

@@ -14,7 +14,7 @@ from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
 from ..geometry import ConvGeometry
 from . import convolution, pooling
-from ._operators import checked_tensor, data_format_of, in_forward_mode, lies_last, to_array
+from ._operators import checked_tensor, data_format_of, in_forward_mode, to_array
 
 
 class enabled(TorchFunctionMode):
@@ -144,7 +144,7 @@ def _check_gradients(
     for tensor, direction in zip((x, weight), directions):
         if tensor.requires_grad:
             g = geometry(to_array(x.detach()[:0]).dtype)
-            stored = data_format_of(x.ndim == weight.ndim and lies_last(x))
+            stored = data_format_of(convolution.computes_last(x, weight))
             selection.choose(g, direction, stored, "cpu", mode.algorithm, mode.precision)
 
 
