@@ -255,6 +255,56 @@ def test_traced_models_compute_the_same():
     torch.testing.assert_close(torch.jit.trace(model, torch.ones(2, 1, 12, 12))(x), wanted)
 
 
+class Calls(nn.Module):
+    """Every kind of call that `torch.fx` sees: modules, functions, and one module with two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.up = nn.Conv2d(1, 4, 3), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.out = nn.ConvTranspose2d(4, 2, 2, bias=False)
+
+    def forward(self, x):
+        y, where = self.pool(F.relu(self.conv(x)))
+        return self.out(self.up(y, where, output_size=[10, 10]), output_size=[11, 11])
+
+
+def test_symbolic_traces_have_modules_as_leaves():
+    model, x = Calls(), image(2, 1, 12, 12)
+    wanted = model(x)
+    ft.convert(model, algorithm="direct")
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["conv", "pool", "up", "out"]
+    assert type(traced.conv) is ft.Conv2d
+    assert traced.conv.algorithm == "direct"
+    torch.testing.assert_close(traced(x), wanted)
+    assert traced.state_dict().keys() == model.state_dict().keys()
+
+
+def test_symbolic_traces_have_functions_as_calls():
+    def network(x, w):
+        y = ft.max_pool2d(ft.conv2d(x, weight=w, padding=1), 2)
+        return ft.fold(ft.unfold(y, 2), (6, 6), 2)
+
+    x, w = image(2, 1, 12, 12), image(4, 1, 3, 3)
+    traced = torch.fx.symbolic_trace(network)
+    names = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert names == [ft.conv2d, ft.max_pool2d, ft.unfold, ft.fold]
+    torch.testing.assert_close(traced(x, w), network(x, w))
+
+
+# PyTorch's own.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripts_are_refused_with_what_to_do_instead():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2))
+    ft.convert(model)
+    with pytest.raises(
+        fastconv.UnsupportedError, match=r"cannot compile Conv2d of fastconv.torch: use torch\.jit\.trace"
+    ):
+        torch.jit.script(model)
+    ft.revert(model)
+    torch.jit.script(model)
+
+
 def test_convert_changes_nothing_in_what_it_leaves():
     model = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3))
     before = copy.deepcopy(model.state_dict())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..arrays import TorchArrays
 from ..errors import ArgumentTypeError, ShapeError, UnsupportedError
@@ -213,6 +214,14 @@ def checked_tensor(x: Any) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
     raise ArgumentTypeError(f"x must be a PyTorch tensor, not {type(x).__name__}")
+
+
+def described(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Leave a call to what stands for a tensor, as `torch.fx` does; without such, raise the error at hand again."""
+    given = (*args, *kwargs.values())
+    if not has_torch_function(given):
+        raise
+    return handle_torch_function(function, given, *args, **kwargs)
 
 
 def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], *rest: Any) -> Any:

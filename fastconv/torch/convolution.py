@@ -28,6 +28,7 @@ from ._operators import (
     Tensors,
     checked_tensor,
     data_format_of,
+    described,
     empty_image,
     flat_padding,
     from_image,
@@ -360,5 +361,5 @@ def in_autocast(x: Any, weight: Any, bias: Any) -> How:
     return tuple(map(cast, (x, weight, bias)))
 
 
-conv1d, conv2d, conv3d = entries(convNd, "fastconv.torch")
-conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd, "fastconv.torch")
+conv1d, conv2d, conv3d = entries(convNd, "fastconv.torch", described)
+conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd, "fastconv.torch", described)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.proxy import Proxy, TraceError
 
 from .. import arrays, registry, selection
-from ..errors import FastconvError
+from ..errors import ArgumentTypeError, FastconvError, UnsupportedError
 from ..geometry import DIRECTIONS, ConvGeometry
 from . import convolution, pooling
 from ._operators import to_array
@@ -45,14 +46,16 @@ class _Weighted(nn.Module):
 
 
 def _conv_forward(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return convolution.convNd(
-        weight.ndim - 2, x, weight, bias, self.stride, self.padding, self.dilation, self.groups,
-        padding_mode=self.padding_mode, algorithm=self.algorithm, precision=self.precision,
-    )  # fmt: skip
+    try:
+        return convolution.convNd(
+            len(self.kernel_size), x, weight, bias, self.stride, self.padding, self.dilation, self.groups,
+            padding_mode=self.padding_mode, algorithm=self.algorithm, precision=self.precision,
+        )  # fmt: skip
+    except ArgumentTypeError:
+        return _leaf(self, (x,), {})
 
 
-def _transposed_forward(self: Any, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-    dims = self.weight.ndim - 2
+def _conv_transpose(dims: int, self: Any, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
     extra = self._output_padding(
         input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
     )  # fmt: skip
@@ -95,29 +98,50 @@ _POOLS = {
 }
 
 
-def _class(name: str, mixins: tuple[type, ...], methods: dict[str, Any]) -> type:
+def _class(name: str, method: str, function: Any, mixins: tuple[type, ...] = ()) -> type:
     about = f"`torch.nn.{name}`, computed by fastconv"
     more = "; `algorithm` and `precision` as :func:`fastconv.conv2d` takes them." if mixins else "."
-    return type(name, (*mixins, getattr(nn, name)), {**methods, "__doc__": about + more, "__module__": __name__})
+    methods = {"__doc__": about + more, "__module__": __name__, "__prepare_scriptable__": _refuse_script}
+    return type(name, (*mixins, getattr(nn, name)), {method: function, **methods})
 
 
 def _classes() -> dict[str, type]:
     found = {}
     for dims in _DIMS:
-        found[f"Conv{dims}d"] = _class(f"Conv{dims}d", (_Weighted,), {"_conv_forward": _conv_forward})
+        name = f"Conv{dims}d"
+        found[name] = _class(name, "_conv_forward", _conv_forward, (_Weighted,))
         name = f"ConvTranspose{dims}d"
-        found[name] = _class(name, (_Weighted,), {"forward": _transposed_forward})
+        found[name] = _class(name, "forward", _forward(_conv_transpose, dims), (_Weighted,))
         for family, function in _POOLS.items():
             name = f"{family}{dims}d"
-            found[name] = _class(name, (), {"forward": _with_dims(function, dims)})
+            found[name] = _class(name, "forward", _forward(function, dims))
     return found
 
 
-def _with_dims(function: Any, dims: int) -> Any:
+def _forward(function: Any, dims: int) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(dims, self, *args, **kwargs)
+        try:
+            return function(dims, self, *args, **kwargs)
+        except (ArgumentTypeError, TraceError):
+            return _leaf(self, args, kwargs)
 
     return forward
+
+
+def _leaf(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Give `torch.fx` the module as a whole, as it has PyTorch's own; of other arguments, raise the error again."""
+    proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)]
+    if not proxies:
+        raise
+    tracer: Any = proxies[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    raise UnsupportedError(
+        f"TorchScript cannot compile {type(self).__name__} of fastconv.torch: use torch.jit.trace, torch.compile or "
+        f"torch.export, or revert the model first"
+    )
 
 
 CLASSES = _classes()

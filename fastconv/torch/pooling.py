@@ -20,6 +20,7 @@ from ._operators import (
     Tensors,
     checked_tensor,
     data_format_of,
+    described,
     empty_image,
     flat_padding,
     from_image,
@@ -609,9 +610,9 @@ def lp_poolNd(
 
 
 _HOME = "fastconv.torch"
-max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, _HOME)
-max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, _HOME)
-avg_pool1d, avg_pool2d, avg_pool3d = entries(avg_poolNd, _HOME)
-lp_pool1d, lp_pool2d, lp_pool3d = entries(lp_poolNd, _HOME)
-adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = entries(adaptive_avg_poolNd, _HOME)
-adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = entries(adaptive_max_poolNd, _HOME)
+max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, _HOME, described)
+max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, _HOME, described)
+avg_pool1d, avg_pool2d, avg_pool3d = entries(avg_poolNd, _HOME, described)
+lp_pool1d, lp_pool2d, lp_pool3d = entries(lp_poolNd, _HOME, described)
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = entries(adaptive_avg_poolNd, _HOME, described)
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = entries(adaptive_max_poolNd, _HOME, described)
