@@ -183,6 +183,34 @@ def test_autocast_casts_as_for_pytorchs_convolutions():
     assert x.grad.dtype == w.grad.dtype == torch.float32
 
 
+POOLED = {
+    "max_pool": (2,), "max_pool_with_indices": (2,), "avg_pool": (2,), "lp_pool": (2, 2), "adaptive_avg_pool": (3,),
+    "adaptive_max_pool": (3,), "max_unpool": (2,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_autocast_pools_in_pytorchs_types(name, dims, dtype):
+    x, arguments = tensor("x", shape=(2, 3, *(7, 6, 5)[:dims])).detach().to(dtype), POOLED[name]
+    if name == "max_unpool":
+        arguments = (torch.arange(x[0, 0].numel()).view(x.shape[2:]).expand(x.shape), *arguments)
+    name, more = name.partition("_with")[0] + f"{dims}d", {"return_indices": True} if "_with" in name else {}
+
+    def pooled(home):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = getattr(home, name)(x, *arguments, **more)
+        return y[0] if more else y
+
+    wanted = pooled(F)
+    with ft.enabled() as block:
+        found = [pooled(ft), pooled(F)]
+    assert sum(block.routed.values()) == 1, block.report()
+    for y in found:
+        torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02, check_dtype=True)
+
+
 def test_integers_give_int32():
     x, w = torch.randint(-9, 9, (1, 2, 5, 5), dtype=torch.int8), torch.randint(-9, 9, (3, 2, 3, 3), dtype=torch.int8)
     y = ft.conv2d(x, w)

@@ -236,17 +236,6 @@ def test_forward_mode_falls_through():
         assert "no forward-mode derivatives" in found.report()
 
 
-def test_what_autocast_computes_in_float32_stays_so():
-    x = image(1, 2, 4, 4, 4).bfloat16()
-    y, where = F.max_pool2d(x[0].float(), 2, return_indices=True)
-    y = y.bfloat16()
-    with ft.enabled() as found, torch.autocast("cpu", torch.bfloat16):
-        for result in (F.max_pool3d(x, 2), F.adaptive_avg_pool3d(x, 1), F.max_unpool2d(y, where, 2)):
-            assert result.dtype is torch.float32
-        assert F.max_pool2d(x[0], 2).dtype is torch.bfloat16
-    assert dict(found.routed) == {"max_pool2d": 1}
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_traced_models_compute_the_same():
     model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)), image(2, 1, 12, 12)

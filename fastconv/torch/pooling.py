@@ -31,6 +31,7 @@ from ._operators import (
     to_image,
 )
 
+_HALF = (torch.float16, torch.bfloat16)
 _FIRST = lambda how: (0,)  # noqa: E731
 _BOTH = lambda how: (0, 1)  # noqa: E731
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
@@ -389,11 +390,26 @@ LP_POOL_BACKWARD: Operation = Operation(
 # --- functions -------------------------------------------------------------------------------------------------
 
 
-def _pooled(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], how: How) -> Any:
-    """Pool as PyTorch does, whose results of three dimensions are contiguous, and of unpooling in one, too."""
-    if (dims == 3 or (dims == 1 and operation is MAX_UNPOOL)) and data_format == "channels_first":
-        images = tuple(map(lying_first, images))
+def _pooled(
+    operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], how: How, keeps: bool = False
+) -> Any:
+    """Pool in the type and the memory format that PyTorch does.
+
+    Of three dimensions, and to unpool, its autocast takes float32, and results are contiguous: save for those that
+    keep the input's format, as unpooled images do.
+    """
+    unpools = operation is MAX_UNPOOL
+    if dims == 3 or unpools:
+        x, *others = images
+        images = (_in_autocast(x), *others)
+        if data_format == "channels_first" and not (keeps or (unpools and dims == 2)):
+            images = tuple(map(lying_first, images))
     return on_batches(operation, dims, data_format, images, how)
+
+
+def _in_autocast(x: torch.Tensor) -> torch.Tensor:
+    """Return an image in the type of pools that the CPU's autocast computes in float32, and no other does."""
+    return x.float() if x.dtype in _HALF and x.is_cpu and torch.is_autocast_enabled("cpu") else x
 
 
 def max_poolNd(
@@ -430,6 +446,8 @@ def max_poolNd(
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode))
     if return_indices:
         return on_batches(MAX_POOL_WITH_INDICES, dims, data_format, (checked_tensor(x),), how)
+    if dims == 3:
+        x = _in_autocast(checked_tensor(x))
     if _wants_gradient(x):
         return on_batches(MAX_POOL_WITH_INDICES, dims, data_format, (x,), how)[0]
     return on_batches(MAX_POOL, dims, data_format, (x,), how)
@@ -570,9 +588,7 @@ def adaptive_avg_poolNd(
     tensor([[2.0000, 2.5000]])
     """
     how = _adaptive_size(dims, x, output_size, data_format)
-    if how == (1, 1, 1):
-        return on_batches(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
-    return _pooled(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
+    return _pooled(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how, keeps=how == (1, 1, 1))
 
 
 def lp_poolNd(

@@ -64,7 +64,6 @@ class enabled(TorchFunctionMode):
         try:
             if in_forward_mode():
                 raise UnsupportedError("fastconv.torch has no forward-mode derivatives")
-            _check_autocast(name)
             result = route(self, *args, **kwargs)
         except FastconvError as error:
             # A wrong argument too: PyTorch says so in its own words.
@@ -146,12 +145,6 @@ def _check_gradients(
             g = geometry(to_array(x.detach()[:0]).dtype)
             stored = data_format_of(convolution.computes_last(x, weight))
             selection.choose(g, direction, stored, "cpu", mode.algorithm, mode.precision)
-
-
-def _check_autocast(name: str) -> None:
-    """Refuse the pools that PyTorch's autocast computes in float32."""
-    if torch.is_autocast_enabled("cpu") and "pool" in name and ("3d" in name or "unpool" in name):
-        raise UnsupportedError("PyTorch's autocast computes it in float32")
 
 
 def _max_pool(dims: int) -> Callable[..., Any]:
