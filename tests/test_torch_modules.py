@@ -120,6 +120,22 @@ def test_convert_swaps_in_place_and_reports():
     torch.testing.assert_close(model(x), before)
 
 
+def test_revert_tells_what_it_left():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), ft.Conv2d(2, 2, 1), nn.ReLU())
+    ft.convert(model)
+    nn.utils.parametrizations.weight_norm(model[1])
+    model.append(type("Own", (ft.Conv2d,), {})(2, 2, 3))
+    done = ft.revert(model)
+    assert done.swapped == [("0", "Conv2d"), ("2", "MaxPool2d"), ("3", "Conv2d")]
+    assert str(done).splitlines()[-2:] == [
+        "1: ParametrizedConv2d, left: its class is made of fastconv's: remove its parametrizations first",
+        "5: Own, left: its class is made of fastconv's",
+    ]
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert [name for name, _ in ft.revert(model).swapped] == ["1"]
+    assert type(model[1]) is nn.Conv2d
+
+
 def test_convert_leaves_what_the_algorithm_cannot_do():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).to("meta"))
     done = ft.convert(model, algorithm="winograd")
@@ -181,6 +197,27 @@ def test_enabled_routes_functions_and_modules_and_counts():
         if result.requires_grad:
             assert "Fastconv" in type(result.grad_fn).__name__
             torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), w)[0] for t in (result, wanted)))
+
+
+def test_blocks_count_what_those_inside_them_computed():
+    x, w = image(1, 2, 8, 8), image(2, 2, 3, 3)
+    with ft.enabled() as outer:
+        F.conv2d(x, w)
+        with ft.enabled(algorithm="winograd") as inner:
+            F.conv2d(x, w)
+            with inner:
+                F.conv2d(x, w)
+            # The inner one leaves it to the outer one.
+            F.conv2d(x, w, stride=2)
+            # Both leave it.
+            F.conv2d(torch.complex(x, x), torch.complex(w, w))
+        F.max_pool2d(x, 2)
+        with inner:
+            F.conv2d(x, w)
+    assert dict(inner.routed) == {"conv2d": 3}
+    assert sum(inner.left.values()) == 2
+    assert dict(outer.routed) == {"conv2d": 5, "max_pool2d": 1}
+    assert sum(outer.left.values()) == 1
 
 
 def test_what_is_unsupported_falls_through_and_is_counted():
@@ -499,7 +536,7 @@ def test_a_network_trains_in_float32_within_rounding():
 def test_what_convert_returns_is_not_the_model():
     done = ft.convert(nn.Sequential(nn.Conv2d(1, 2, 3)))
     with pytest.raises(
-        AttributeError, match="convert changes the model in place and returns what it did, which has no"
+        AttributeError, match="convert and revert change the model in place and return what they did, which has no"
     ):
         done.parameters()
     assert copy.deepcopy(done) == done

@@ -154,7 +154,7 @@ _KINDS = ("Conv", "Pool", "Unpool")
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did.
+    """What :func:`convert` or :func:`revert` did.
 
     Attributes
     ----------
@@ -167,7 +167,9 @@ class Conversion:
     left: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"convert changes the model in place and returns what it did, which has no {name!r}")
+        raise AttributeError(
+            f"convert and revert change the model in place and return what they did, which has no {name!r}"
+        )
 
     def __str__(self) -> str:
         lines = [f"{name}: {kind}, swapped" for name, kind in self.swapped]
@@ -198,7 +200,8 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
     >>> print(fastconv.torch.convert(model))
     0: Conv2d, swapped
     2: FractionalMaxPool2d, left: fastconv has none
-    >>> fastconv.torch.revert(model)
+    >>> print(fastconv.torch.revert(model))
+    0: Conv2d, swapped
     >>> type(model[0]).__module__
     'torch.nn.modules.conv'
     """
@@ -251,10 +254,23 @@ def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
     return ""
 
 
-def revert(model: nn.Module) -> None:
-    """Undo :func:`convert`, in place."""
-    for module in model.modules():
-        if type(module) in _BACK:
-            module.__class__ = _BACK[type(module)]
-            for name in _DEFAULTS:
-                module.__dict__.pop(name, None)
+def revert(model: nn.Module) -> Conversion:
+    """Undo :func:`convert`, in place.
+
+    Returns
+    -------
+    Conversion
+        What was swapped back, and what is fastconv's still, with the reason.
+    """
+    done = Conversion()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind in _BACK:
+            module.__class__ = _BACK[kind]
+            for option in _DEFAULTS:
+                module.__dict__.pop(option, None)
+            done.swapped.append((name, kind.__name__))
+        elif any(base in _BACK for base in kind.__mro__):
+            advice = ": remove its parametrizations first" if nn.utils.parametrize.is_parametrized(module) else ""
+            done.left.append((name, kind.__name__, "its class is made of fastconv's" + advice))
+    return done

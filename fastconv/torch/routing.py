@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
@@ -24,6 +24,9 @@ class enabled(TorchFunctionMode):
     PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python:
     not TorchScript, nor what `torch.utils.checkpoint` computes again, in the backward pass. There, and to compile a
     model, :func:`convert` it. A backward pass may come after the block.
+
+    Blocks may be nested: the innermost is the first to try, and what it leaves goes to the next one. A block counts
+    what was computed inside it, by blocks within too once they end, and what it left itself.
 
     Parameters
     ----------
@@ -54,6 +57,19 @@ class enabled(TorchFunctionMode):
         self.algorithm, self.precision = algorithm, precision
         self.routed: Counter[str] = Counter()
         self.left: Counter[tuple[str, str]] = Counter()
+        # The blocks around this one, and what it had computed when it was entered.
+        self._outer: list[tuple[enabled | None, Counter[str]]] = []
+
+    def __enter__(self) -> enabled:
+        blocks = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, enabled)]
+        self._outer.append((blocks[-1] if blocks else None, Counter(self.routed)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        outer, before = self._outer.pop()
+        if outer is not None and outer is not self:
+            outer.routed += self.routed - before
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
