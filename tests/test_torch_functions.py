@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import conv_arguments, normal, op, pool_arguments, run_python
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
 import fastconv.torch as ft
@@ -238,6 +239,16 @@ def test_inference_mode_and_no_grad():
         assert not ft.conv2d(x, w).requires_grad
 
 
+class Seen(TorchDispatchMode):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 # --- gradients -------------------------------------------------------------------------------------------------
 
 SMALL = {"x": (2, 2, 4, 5), "w": (4, 1, 2, 3), "b": (4,)}
@@ -286,12 +297,73 @@ def test_gradients_of_pools_and_patches_to_the_second_order(name):
     assert torch.autograd.gradgradcheck(POOLS[name], x)
 
 
-def test_norms_have_a_first_gradient_and_say_that_there_is_no_second():
-    x = tensor("x", shape=(1, 2, 4, 4))
-    assert torch.autograd.gradcheck(lambda x: ft.lp_pool2d(x, 3, 2), x)
-    (dx,) = torch.autograd.grad(ft.lp_pool2d(x, 3, 2).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no gradient of lp_pool_backward"):
-        dx.sum().backward()
+@pytest.mark.parametrize("power", [1, 2, 3, 2.5, -1])
+def test_gradients_of_norms_to_the_second_order(power):
+    x = tensor("norm", shape=(2, 2, 4, 5))
+    norm = lambda x: ft.lp_pool2d(x, power, (2, 3), 2, padding=1)  # noqa: E731
+    assert torch.autograd.gradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(norm, x)
+
+
+def test_second_gradients_of_norms_at_zero_are_pytorchs():
+    x = tensor("norm", shape=(2, 2, 4, 6)).detach()
+    x[..., ::2] = 0
+    x.requires_grad_()
+    found = []
+    for norm in (ft.lp_pool2d, F.lp_pool2d):
+        (dx,) = torch.autograd.grad((norm(x, 2, (2, 3)) ** 3).sum(), x, create_graph=True)
+        found.append((dx, *torch.autograd.grad(dx.sin().sum(), x)))
+    torch.testing.assert_close(*found)
+    # Without a norm that is not zero there is nothing to agree on but that it is a number.
+    x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    (dx,) = torch.autograd.grad(ft.lp_pool2d(x, 2, 2).sum(), x, create_graph=True)
+    assert not torch.autograd.grad(dx.sum(), x)[0].any()
+
+
+FORWARD = {
+    **{name: (CONVOLUTIONS[name], tuple(SMALL.values())) for name in CONVOLUTIONS},
+    **{name: (pool, [(2, 2, 2, 5) if name == "unpool" else (2, 2, 4, 5)]) for name, pool in POOLS.items()},
+    "max, windows of padding": (lambda x: ft.max_pool2d(x, 2, 3, ((2, 0), (0, 0))).clamp(min=-9), [(1, 2, 4, 4)]),
+    "norm": (lambda x: ft.lp_pool2d(x, 3, (2, 3), 2, padding=1), [(2, 2, 4, 5)]),
+}
+
+
+# PyTorch's own, from the bottom of `torch.func.jvp`.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("name", FORWARD)
+def test_derivatives_in_forward_mode_and_of_gradients(name):
+    function, shapes = FORWARD[name]
+    inputs = [tensor(name, i, shape=shape) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+    # The same through `torch.func`, forward over reverse.
+    loss = lambda *a: function(*a).sin().sum()  # noqa: E731
+    plain, directions = [t.detach() for t in inputs], [tensor("t", t.shape, shape=t.shape, grad=False) for t in inputs]
+    grad = torch.func.grad(loss, tuple(range(len(inputs))))
+    _, found = torch.func.jvp(grad, tuple(plain), tuple(directions))
+    first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    product = sum((g * t).sum() for g, t in zip(first, directions))
+    for ours, theirs in zip(found, torch.autograd.grad(product, inputs)):
+        torch.testing.assert_close(ours, theirs)
+
+
+# PyTorch's own, from the bottom of `torch.func.jvp`.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore::DeprecationWarning")
+def test_operators_have_no_tangents_and_say_so():
+    x, w = (torch.from_numpy(normal(n, shape=n)) for n in ((1, 2, 5, 5), (3, 2, 3, 3)))
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: F.conv2d(x, w) ** 2, (x,), (x,))[1]
+
+    with ft.enabled() as found:
+        torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(x), tangent(x))
+    assert "no forward-mode derivatives, which torch.compile would need" in found.report()
+    with (
+        forward_ad.dual_level(),
+        Seen([]),
+        pytest.raises(fastconv.UnsupportedError, match="no forward-mode derivatives, which dispatch modes would need"),
+    ):
+        ft.conv2d(forward_ad.make_dual(x, x), w)
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -409,16 +481,9 @@ def test_vmap_over_each_argument():
 
 
 def test_dispatch_modes_see_the_operators():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     names = []
     x, w = (t for t in network_inputs()[:2])
-    with Seen():
+    with Seen(names):
         ft.conv2d(x, w).sum().backward()
     assert {"fastconv.conv.default", "fastconv.conv_backward.default"} <= set(names)
 
@@ -444,22 +509,6 @@ def test_wrong_arguments_are_refused_by_name():
         ft.conv2d(x, w.double())
     with pytest.raises(fastconv.UnsupportedError, match="winograd"):
         ft.conv2d(x, w, stride=2, algorithm="winograd")
-
-
-# PyTorch's own, from the bottom of `torch.func.jvp`.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_forward_mode_is_refused():
-    x, w = torch.ones(1, 3, 6, 6), torch.ones(4, 3, 3, 3)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: ft.conv2d(x, w), (x,), (x,))
-
-
-@pytest.mark.parametrize("function", [lambda x: ft.conv2d(x, torch.ones(4, 3, 3, 3)), lambda x: ft.avg_pool2d(x, 2)])
-def test_forward_mode_is_refused_where_no_gradient_is_wanted(function):
-    with forward_ad.dual_level():
-        x = forward_ad.make_dual(torch.ones(1, 3, 6, 6), torch.ones(1, 3, 6, 6))
-        with pytest.raises(RuntimeError, match="jvp"):
-            function(x)
 
 
 def test_many_gradients_at_once():

@@ -54,6 +54,9 @@ class Operation:
         Returns a gradient or None for each of the tensors. Without it there is none.
     folds : function of how
         The positions of the tensors that have the batch, if images do not depend on each other, or else nothing.
+    jvp : function of (tensors, how, results as a tuple, tangents), optional
+        Returns the result's tangent, or a tuple; a tangent may be None, which is zero. Without it, the operation is
+        linear in its first tensor, and others have no tangents.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class Operation:
         setup: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         folds: Callable[[How], Sequence[int]] = lambda how: (),
+        jvp: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.tensors = schema.partition("(")[0], tensors
         self.compute, self.flatten, self.gather, self.folds = compute, flatten, gather, folds
         self.setup, self.backward = setup or _set_up_nothing, backward or self._refuse
+        self.jvp = jvp or self._linear
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.operator = getattr(torch.ops.fastconv, self.name).default
         self._register(shapes)
@@ -82,13 +87,17 @@ class Operation:
         """Compute, as whatever is active wants it to be seen."""
         tensors = inputs[:-1]
         if torch.compiler.is_compiling():
+            if in_forward_mode():
+                raise UnsupportedError("operators have no forward-mode derivatives, which torch.compile would need")
             return self.operator(*tensors, *self.flatten(tensors, inputs[-1]))
         if torch._C._are_functorch_transforms_active():
             return self._transformed.apply(*inputs)
-        if not _PLAIN.issuperset(map(type, tensors)) or is_watched() or _are_batched(tensors):
+        forward = in_forward_mode()
+        if not _PLAIN.issuperset(map(type, tensors)) or is_watched() or _are_batched(tensors, forward):
+            if forward and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, tensors)):
+                raise UnsupportedError("operators have no forward-mode derivatives, which dispatch modes would need")
             return self.operator(*_checked(tensors), *self.flatten(tensors, inputs[-1]))
-        # There is no forward mode, and `autograd.Function` says so.
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)) or in_forward_mode():
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)) or forward:
             return self._eager(*inputs)
         return self.compute(*inputs)
 
@@ -139,6 +148,9 @@ class Operation:
         torch.library.register_autograd(name, backward, setup_context=setup, lib=_LIBRARY)
         torch.library.register_vmap(name, vmap, lib=_LIBRARY)
 
+    def _linear(self, tensors: Tensors, how: How, results: Tensors, tangents: Any) -> Any:
+        return None if tangents[0] is None else self(tangents[0], *tensors[1:], how)
+
     def _refuse(self, ctx: Any, saved: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"fastconv.torch has no gradient of {self.name}")
 
@@ -153,9 +165,19 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _are_batched(tensors: Sequence[Any]) -> bool:
-    """Return True in a backward pass of many gradients, `torch.autograd.grad(..., is_grads_batched=True)`."""
-    if torch._C._current_graph_task_id() == -1:
+def plus(*terms: Any) -> Any:
+    """Return the sum of the terms that are not None; without any, None."""
+    found = [t for t in terms if t is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+def _is_dual(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _are_batched(tensors: Sequence[Any], forward: bool) -> bool:
+    """Return True for many gradients at once, `torch.autograd.grad(..., is_grads_batched=True)`, or many tangents."""
+    if not forward and torch._C._current_graph_task_id() == -1:
         return False
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
@@ -170,6 +192,8 @@ def _eager_function(operation: Operation) -> Any:
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = operation.compute(*inputs)
         operation.setup(ctx, inputs, output)
+        if in_forward_mode():
+            _set_up_tangents(ctx, inputs, output)
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -179,23 +203,41 @@ def _eager_function(operation: Operation) -> Any:
         with torch._C.DisableTorchFunction():
             return (*operation.backward(ctx, saved, *grads), None)
 
-    return _function(f"Fastconv_{operation.name}", forward, backward)
+    return _function(operation, forward, backward)
 
 
 def _transformed_function(operation: Operation) -> Any:
     """Return the `autograd.Function` for `torch.func`: it finds no gradients of operators registered from Python."""
 
+    def setup(ctx: Any, inputs: How, output: Any) -> None:
+        operation.setup(ctx, inputs, output)
+        if in_forward_mode():
+            _set_up_tangents(ctx, inputs, output)
+
     def backward(ctx: Any, *grads: Any) -> Any:
         return (*operation.backward(ctx, ctx.saved_tensors, *grads), None)
 
-    setup, vmap = (staticmethod(f) for f in (operation.setup, operation.vmap))
-    return _function(f"Fastconv_{operation.name}", operation.__call__, backward, setup_context=setup, vmap=vmap)
+    return _function(operation, operation.__call__, backward, setup_context=setup, vmap=operation.vmap)
 
 
-def _function(name: str, forward: Any, backward: Any, **more: Any) -> Any:
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward), **more}
-    )
+def _function(operation: Operation, forward: Any, backward: Any, **more: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        n = operation.tensors
+        tensors, results = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        found = operation.jvp(tensors, ctx.forward_how, results, tangents[:n])
+        if len(results) == 1:
+            return torch.zeros_like(results[0]) if found is None else found
+        # Of whole numbers there is no tangent, not even zero.
+        return tuple(torch.zeros_like(r) if t is None and r.is_floating_point() else t for r, t in zip(results, found))
+
+    methods = {"forward": forward, "backward": backward, "jvp": jvp, **more}
+    name = f"Fastconv_{operation.name}"
+    return type(name, (torch.autograd.Function,), {n: staticmethod(method) for n, method in methods.items()})
+
+
+def _set_up_tangents(ctx: Any, inputs: How, output: Any) -> None:
+    *tensors, ctx.forward_how = inputs
+    ctx.save_for_forward(*tensors, *(output if isinstance(output, tuple) else (output,)))
 
 
 def _checked(tensors: Sequence[Any]) -> Sequence[Any]:

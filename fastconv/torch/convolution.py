@@ -35,6 +35,7 @@ from ._operators import (
     in_pairs,
     lies_last,
     on_batches,
+    plus,
     to_array,
     to_image,
     to_tensor,
@@ -185,6 +186,18 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         found = gradient(grad, x, weight, (needs, dims, arguments, algorithm, precision))
         return tuple(g if need else None for g, need in zip(found, needs))
 
+    def tangent(tensors: How, how: How, results: Tensors, tangents: How) -> Any:
+        x, weight, _ = tensors
+        tx, tw, tb = tangents
+        dims, arguments, activation, *strategy = how
+        plain = (dims, arguments, None, *strategy)
+        found = plus(
+            None if tx is None else forward(tx, weight, None, plain),
+            None if tw is None else forward(x, tw, None, plain),
+            None if tb is None else tb.reshape(-1, *(1,) * dims).expand_as(results[0]),
+        )
+        return found if activation is None or found is None else _ACTIVATION_GRADS[activation](found, *results)
+
     # how = (needs, dims, arguments, algorithm, precision)
 
     def compute_gradient(grad: Any, x: Any, weight: Any, how: How) -> Tensors:
@@ -227,28 +240,42 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         needs, dims, arguments, *how = ctx.how
         hx, hw, hb = (h if need else None for h, need in zip((hx, hw, hb), needs))
         to_grad, to_x, to_weight = ctx.needs_input_grad[:3]
-        parts = []
+        dgrad = dx = dw = None
         if to_grad:
-            plain = (dims, arguments, None, *how)
-            parts += [] if hx is None else [forward(hx, weight, None, plain)]
-            parts += [] if hw is None else [forward(x, hw, None, plain)]
-            parts += [] if hb is None else [hb.reshape(-1, *(1,) * dims).expand_as(grad)]
-        dx = dw = None
+            dgrad = tangent((x, weight, None), (dims, arguments, None, *how), (grad,), (hx, hw, hb))
         if to_x and hw is not None:
             dx = gradient(grad, x, hw, ((True, False, False), dims, arguments, *how))[0]
         if to_weight and hx is not None:
             dw = gradient(grad, hx, weight, ((False, True, False), dims, arguments, *how))[1]
-        return sum(parts[1:], parts[0]) if parts else None, dx, dw
+        return dgrad, dx, dw
+
+    def tangents_of_gradient(tensors: Tensors, how: How, results: Tensors, tangents: How) -> How:
+        grad, x, weight = tensors
+        tg, tx, tw = tangents
+        (dx, dw, db), *rest = how
+
+        def part(*given: Any, needs: Sequence[bool]) -> Any:
+            # Of no tangent there is none.
+            wanted = any(needs) and all(t is not None for t in given)
+            return gradient(*given, (tuple(needs), *rest)) if wanted else (None, None, None)
+
+        both = part(tg, x, weight, needs=how[0])
+        by_weight, by_x = part(grad, x, tw, needs=(dx, False, False)), part(grad, tx, weight, needs=(False, dw, False))
+        return (
+            plus(both[0], by_weight[0]) if dx else None,
+            plus(both[1], by_x[1]) if dw else None,
+            both[2] if db else None,
+        )
 
     forward = Operation(
         f"{name}(Tensor x, Tensor weight, Tensor? bias, {kind.schema}, str? activation, {strategy}) -> Tensor",
-        3, compute, shapes, flatten, gather, setup, backward, lambda how: (0,),
+        3, compute, shapes, flatten, gather, setup, backward, lambda how: (0,), tangent,
     )  # fmt: skip
     gradient = Operation(
         f"{name}_backward(Tensor grad_output, Tensor x, Tensor weight, bool[] needs, {kind.schema}, {strategy})"
         " -> (Tensor, Tensor, Tensor)",
         3, compute_gradient, shapes_gradient, flatten_gradient, gather_gradient, setup_gradient, backward_gradient,
-        lambda how: () if how[0][1] or how[0][2] else (0, 1),
+        lambda how: () if how[0][1] or how[0][2] else (0, 1), tangents_of_gradient,
     )  # fmt: skip
     return forward, gradient
 

@@ -7,6 +7,7 @@ was. So an average keeps nothing of its input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ._operators import (
     lies_last,
     lying_first,
     on_batches,
+    plus,
     to_image,
 )
 
@@ -125,15 +127,31 @@ def _indices_backward(ctx: Any, saved: Any, grad: Any, _: Any) -> How:
     return (None if grad is None else SCATTER(grad, *saved, ctx.size),)
 
 
+def _picked(image: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the elements of an image that indices name, and 0 for -1: a window that lies wholly in padding."""
+    # (N, C, L)
+    flat, where = (t.reshape(*t.shape[:2], prod(t.shape[2:])) for t in (image, indices))
+    return flat.gather(2, where.clamp(min=0)).reshape(indices.shape).masked_fill(indices < 0, 0)
+
+
+def _max_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> torch.Tensor:
+    return _picked(tangents[0], MAX_POOL_WITH_INDICES(tensors[0], how)[1])
+
+
+def _indexed_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> Any:
+    return _picked(tangents[0], results[1]), None
+
+
 # The values alone: without indices to write it is faster, and a gradient would have to find them again.
 MAX_POOL: Operation = Operation(
     f"max_pool(Tensor x, {_WINDOW}) -> Tensor",
     1, lambda x, how: _max(x, how, False), _max_empty, _max_flatten, _max_gather, _set_up_input, _max_backward, _FIRST,
+    _max_tangent,
 )  # fmt: skip
 MAX_POOL_WITH_INDICES: Operation = Operation(
     f"max_pool_with_indices(Tensor x, {_WINDOW}) -> (Tensor, Tensor)",
     1, lambda x, how: _max(x, how, True), lambda x, how: _indexed_empty(x, _pooled_shape(x, how[1])),
-    _max_flatten, _max_gather, _set_up_indices, _indices_backward, _FIRST,
+    _max_flatten, _max_gather, _set_up_indices, _indices_backward, _FIRST, _indexed_tangent,
 )  # fmt: skip
 
 
@@ -157,7 +175,7 @@ def _one_list(tensors: Tensors, flat: How) -> How:
 ADAPTIVE_MAX_POOL: Operation = Operation(
     "adaptive_max_pool(Tensor x, SymInt[] output_size) -> (Tensor, Tensor)",
     1, _adaptive_max, lambda x, how: _indexed_empty(x, [*x.shape[:2], *how]),
-    _same_how, _one_list, _set_up_indices, _indices_backward, _FIRST,
+    _same_how, _one_list, _set_up_indices, _indices_backward, _FIRST, _indexed_tangent,
 )  # fmt: skip
 
 
@@ -176,10 +194,7 @@ def _set_up_places(ctx: Any, inputs: How, output: Any) -> None:
 
 
 def _scatter_backward(ctx: Any, saved: Any, grad: Any) -> How:
-    (indices,) = saved
-    # Where a window lies wholly in padding there is no index, but -1.
-    taken = grad.flatten(2).gather(2, indices.flatten(2).clamp(min=0)).view_as(indices)
-    return taken.masked_fill(indices < 0, 0), None
+    return _picked(grad, *saved), None
 
 
 SCATTER: Operation = Operation(
@@ -376,14 +391,85 @@ def _lp_gather(tensors: Tensors, flat: How) -> How:
     return tensors[-1].ndim - 2, _window(flat[:5]), flat[5]
 
 
+def _set_up_both(ctx: Any, inputs: How, output: Any) -> None:
+    *tensors, ctx.how = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _power(t: torch.Tensor, p: float) -> torch.Tensor:
+    """Return |t|**p, and 0 where t is 0: derivatives are taken as 0 there."""
+    if p == 0:
+        return torch.ones_like(t)
+    exists = t != 0
+    return torch.where(exists, torch.where(exists, t, 1).abs() ** p, 0)
+
+
+class _Norm:
+    """What derivatives of n = lp_pool(x) are made of.
+
+    dn = share * gathered(slope * dx), and back, dx = slope * spread(share * grad).
+    """
+
+    def __init__(self, x: torch.Tensor, how: How) -> None:
+        self.x, self.how = x, how
+        self.dims, window, self.p = how
+        # An average without its division.
+        self.taps, self.average = prod(sizes("kernel_size", window[0], self.dims, 1)), (self.dims, window, True, None)
+        self.n = LP_POOL(x, how)
+        self.share, self.slope = _power(self.n, 1 - self.p), x.sign() * _power(x, self.p - 1)
+
+    def gathered(self, t: torch.Tensor) -> torch.Tensor:
+        return self.taps * AVG_POOL(t, self.average)
+
+    def spread(self, t: torch.Tensor) -> torch.Tensor:
+        return self.taps * AVG_POOL_BACKWARD(t, (tuple(self.x.shape[2:]), lies_last(self.x), *self.average))
+
+    def curved(self, t: torch.Tensor) -> torch.Tensor:
+        """Return t times the slope's derivative."""
+        return (self.p - 1) * _power(self.x, self.p - 2) * t
+
+    def bent(self, t: torch.Tensor) -> torch.Tensor:
+        """Return t times the share's derivative by n."""
+        return (1 - self.p) * _power(self.n, -self.p) * t
+
+
+def _wide(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(t.float() if t is not None and t.dtype in _HALF else t for t in tensors)
+
+
+def _lp_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> torch.Tensor:
+    (x,) = _wide(*tensors)
+    norm = _Norm(x, how)
+    return (norm.share * norm.gathered(norm.slope * tangents[0])).to(tensors[0].dtype)
+
+
+def _lp_second(ctx: Any, saved: Any, h: Any) -> How:
+    grad, x, h = _wide(*saved, h)
+    norm = _Norm(x, ctx.how)
+    pulled = norm.gathered(norm.slope * h)
+    dx = norm.curved(h) * norm.spread(norm.share * grad) + LP_POOL_BACKWARD(norm.bent(grad * pulled), x, ctx.how)
+    return norm.share * pulled, dx
+
+
+def _lp_gradient_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> Any:
+    grad, x, tg, tx = _wide(*tensors, *tangents)
+    found = None if tg is None else LP_POOL_BACKWARD(tg, x, how)
+    if tx is not None:
+        norm = _Norm(x, how)
+        bent = norm.bent(grad * norm.share * norm.gathered(norm.slope * tx))
+        found = plus(found, norm.curved(tx) * norm.spread(norm.share * grad), norm.slope * norm.spread(bent))
+    return None if found is None else found.to(tensors[0].dtype)
+
+
 LP_POOL: Operation = Operation(
     f"lp_pool(Tensor x, {_WINDOW}, float norm_type) -> Tensor",
     1, _lp, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _lp_flatten, _lp_gather,
-    _set_up_input, lambda ctx, saved, grad: (LP_POOL_BACKWARD(grad, *saved, ctx.how),), _FIRST,
+    _set_up_input, lambda ctx, saved, grad: (LP_POOL_BACKWARD(grad, *saved, ctx.how),), _FIRST, _lp_tangent,
 )  # fmt: skip
 LP_POOL_BACKWARD: Operation = Operation(
     f"lp_pool_backward(Tensor grad_output, Tensor x, {_WINDOW}, float norm_type) -> Tensor",
-    2, _lp_gradient, lambda grad, x, how: empty_image(x, x.shape), _lp_flatten, _lp_gather, folds=_BOTH,
+    2, _lp_gradient, lambda grad, x, how: empty_image(x, x.shape), _lp_flatten, _lp_gather,
+    _set_up_both, _lp_second, _BOTH, _lp_gradient_tangent,
 )  # fmt: skip
 
 
@@ -603,7 +689,7 @@ def lp_poolNd(
     dilation: Any = 1,
     data_format: str = "channels_first",
 ) -> torch.Tensor:
-    """Return the p-norm of each window: :func:`fastconv.lp_poolNd` with its gradient, once.
+    """Return the p-norm of each window: :func:`fastconv.lp_poolNd` with gradients.
 
     Parameters
     ----------

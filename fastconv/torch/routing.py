@@ -14,7 +14,7 @@ from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
 from ..geometry import ConvGeometry
 from . import convolution, pooling
-from ._operators import checked_tensor, data_format_of, in_forward_mode, to_array
+from ._operators import checked_tensor, data_format_of, to_array
 
 
 class enabled(TorchFunctionMode):
@@ -78,8 +78,6 @@ class enabled(TorchFunctionMode):
             return function(*args, **kwargs)
         name, route = found
         try:
-            if in_forward_mode():
-                raise UnsupportedError("fastconv.torch has no forward-mode derivatives")
             result = route(self, *args, **kwargs)
         except FastconvError as error:
             # A wrong argument too: PyTorch says so in its own words.
