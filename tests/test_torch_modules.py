@@ -234,6 +234,43 @@ def test_what_is_unsupported_falls_through_and_is_counted():
         assert reason in found.report()
 
 
+def test_what_only_pytorch_refuses_is_refused():
+    x, w = image(1, 2, 8, 8), image(2, 2, 3, 3)
+    calls = {
+        "same": lambda: F.conv2d(x, w, stride=2, padding="same"),
+        "full": lambda: F.conv2d(x, w, padding="full"),
+        "pairs": lambda: F.conv2d(x, w, padding=((1, 0), (0, 1))),
+        "transposed": lambda: F.conv_transpose2d(x, w, padding="same"),
+        "no batch": lambda: torch.convolution(x[0], w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        "maxima": lambda: F.max_pool2d(x, 2, padding="same"),
+        "averages": lambda: F.avg_pool2d(x, 2, padding=((1, 0), (0, 1))),
+        "unpooled": lambda: F.max_unpool2d(x, torch.zeros(x.shape, dtype=torch.int64), 2, padding="valid"),
+    }
+    for name, call in calls.items():
+        with ft.enabled() as found, pytest.raises((RuntimeError, TypeError)):
+            call()
+        assert not found.routed, name
+
+
+# PyTorch's own.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_autocast_reaches_what_pytorchs_does():
+    x, w, places = image(2, 1, 2, 8, 8), image(2, 2, 3, 3), torch.arange(8)[None]
+    calls = {
+        "convolution": lambda: torch.convolution(x[0], w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        "of each image": lambda: torch.func.vmap(lambda x: F.conv2d(x, w))(x),
+        "of each volume": lambda: torch.func.vmap(lambda x: F.max_pool3d(x, 2))(x.bfloat16()),
+        "unpooled": lambda: torch.func.vmap(lambda x: F.max_unpool1d(x, places, 2))(x[0, 0, :, :1].bfloat16()),
+        "gradient of each": lambda: torch.func.vmap(torch.func.grad(lambda x: F.conv2d(x, w).float().pow(2).sum()))(x),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in calls.values():
+            wanted = call()
+            with ft.enabled() as found:
+                torch.testing.assert_close(call(), wanted, rtol=0.05, atol=0.3)
+            assert found.routed
+
+
 # PyTorch's own, of its quantised tensors.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_tensors_of_other_kinds_fall_through():

@@ -165,6 +165,15 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_autocast(device: str) -> bool:
+    """Return True where PyTorch's autocast changes types: not under `vmap`, which takes operators apart before it."""
+    if not torch.is_autocast_enabled(device):
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Vmap
+
+
 def plus(*terms: Any) -> Any:
     """Return the sum of the terms that are not None; without any, None."""
     found = [t for t in terms if t is not None]

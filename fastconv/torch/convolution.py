@@ -33,6 +33,7 @@ from ._operators import (
     flat_padding,
     from_image,
     in_pairs,
+    is_autocast,
     lies_last,
     on_batches,
     plus,
@@ -378,7 +379,7 @@ def in_autocast(x: Any, weight: Any, bias: Any) -> How:
     """Return the tensors in autocast's type where that is on, as PyTorch does for its own convolutions."""
     device = "cpu" if checked_tensor(x).is_cpu else x.device.type
     known = device == "cpu" or torch.amp.is_autocast_available(device)
-    if not known or not torch.is_autocast_enabled(device):
+    if not known or not is_autocast(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
 

@@ -6,7 +6,7 @@ was. So an average keeps nothing of its input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -26,6 +26,7 @@ from ._operators import (
     flat_padding,
     from_image,
     in_pairs,
+    is_autocast,
     lies_last,
     lying_first,
     on_batches,
@@ -487,15 +488,16 @@ def _pooled(
     unpools = operation is MAX_UNPOOL
     if dims == 3 or unpools:
         x, *others = images
-        images = (_in_autocast(x), *others)
+        # Unpooling is no operator that `vmap` takes apart.
+        images = (_in_autocast(x, torch.is_autocast_enabled if unpools else is_autocast), *others)
         if data_format == "channels_first" and not (keeps or (unpools and dims == 2)):
             images = tuple(map(lying_first, images))
     return on_batches(operation, dims, data_format, images, how)
 
 
-def _in_autocast(x: torch.Tensor) -> torch.Tensor:
+def _in_autocast(x: torch.Tensor, is_on: Callable[[str], bool] = is_autocast) -> torch.Tensor:
     """Return an image in the type of pools that the CPU's autocast computes in float32, and no other does."""
-    return x.float() if x.dtype in _HALF and x.is_cpu and torch.is_autocast_enabled("cpu") else x
+    return x.float() if x.dtype in _HALF and x.is_cpu and is_on("cpu") else x
 
 
 def max_poolNd(

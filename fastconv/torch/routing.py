@@ -109,6 +109,7 @@ def _conv(dims: int) -> Callable[..., Any]:
             shapes = tuple(input.shape), tuple(weight.shape)
             return ConvGeometry.create(*shapes, stride, padding, dilation, groups, dtype=dtype)
 
+        _check_padding(padding, stride)
         if checked_tensor(input).dtype in convolution.INTEGERS:
             raise UnsupportedError(f"fastconv sums {input.dtype} in int32, and PyTorch does not")
         _check_gradients(mode, input, weight, geometry, ("input_grad", "weight_grad"))
@@ -125,6 +126,7 @@ def _conv_transpose(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         how = (stride, padding, output_padding, groups, dilation)
 
         def geometry(dtype: Any) -> ConvGeometry:
@@ -143,9 +145,27 @@ def _convolution(
     output_padding: Any, groups: int,
 ) -> Any:  # fmt: skip
     dims = weight.ndim - 2
-    if transposed:
-        return _conv_transpose(dims)(mode, input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv(dims)(mode, input, weight, bias, stride, padding, dilation, groups)
+    if input.ndim != weight.ndim:
+        raise UnsupportedError("PyTorch takes no image without a batch here")
+    # Which PyTorch's autocast does not know.
+    with torch.autocast(input.device.type, enabled=False):
+        if transposed:
+            return _conv_transpose(dims)(mode, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _conv(dims)(mode, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _check_padding(padding: Any, stride: Any = None) -> None:
+    """Refuse padding that PyTorch has not; words are there for convolutions, which give their stride."""
+    kind = type(padding)
+    if kind is int or (kind is tuple and padding and type(padding[0]) is int):
+        return
+    if isinstance(padding, str):
+        strides = stride if isinstance(stride, (tuple, list)) else (stride,)
+        known = stride is not None and (padding == "valid" or (padding == "same" and all(s == 1 for s in strides)))
+    else:
+        known = not any(isinstance(p, (tuple, list)) for p in padding)
+    if not known:
+        raise UnsupportedError(f"PyTorch takes no padding={padding!r} here")
 
 
 def _check_gradients(
@@ -166,6 +186,7 @@ def _max_pool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.max_poolNd(dims, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
     return route
@@ -183,6 +204,7 @@ def _avg_pool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
         count_include_pad: bool = True, divisor_override: Any = None,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.avg_poolNd(
             dims, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
@@ -206,6 +228,7 @@ def _max_unpool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, indices: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
         output_size: Any = None,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.max_unpoolNd(dims, input, indices, kernel_size, stride, padding, output_size)
 
     return route
