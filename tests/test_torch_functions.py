@@ -437,6 +437,18 @@ def test_compilation_without_graph_breaks(dynamic):
         inputs[0] = inputs[0].detach()[..., 1:].clone().requires_grad_()
 
 
+@pytest.mark.parametrize("pool", [ft.max_pool2d, ft.avg_pool2d])
+def test_operators_refuse_the_same_padding(pool):
+    x = torch.ones(1, 1, 6, 6)
+    with (
+        Seen([]),
+        pytest.raises(fastconv.ArgumentError, match=r"padding must be at most \(1, 1\), half of kernel_size"),
+    ):
+        pool(x, 2, padding=2)
+    with Seen([]):
+        assert pool(x, 2, padding=((2, 0), (0, 2))).shape == (1, 1, 4, 4)
+
+
 def test_export_with_a_dynamic_batch():
     class Network(torch.nn.Module):
         def forward(self, x, w, b, v):

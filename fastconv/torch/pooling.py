@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..geometry import sizes, unpool_output_size
+from ..geometry import check_pool_padding, padding_form, sizes, unpool_output_size
 from ..ops import pooling as ops
 from ..ops._entries import entries
 from ._operators import (
@@ -49,6 +49,8 @@ def _flat_window(extents: Sequence[Any], window: How) -> How:
     kernel = sizes("kernel_size", kernel, dims, 1)
     stride = kernel if stride is None or stride in ((), []) else sizes("stride", stride, dims, 1)
     dilation = sizes("dilation", dilation, dims, 1)
+    # As pairs, to which it is brought here, it might be wider.
+    check_pool_padding(padding_form(padding, dims), kernel)
     return kernel, stride, flat_padding(padding, extents, kernel, stride, dilation), dilation, ceil_mode
 
 
