@@ -37,7 +37,7 @@ from .geometry import ConvGeometry, PoolGeometry, flag, sizes, unpool_output_siz
 from .ops._entries import as_given, batched, entries, runner
 from .ops.convolution import check_activation, check_bias, check_floating, conv_geometry
 from .ops.patches import fold_geometry, unfold_geometry
-from .ops.pooling import AVERAGE_DTYPES, MAX_DTYPES, checked_divisor, checked_norm, raise_index
+from .ops.pooling import AVERAGE_DTYPES, MAX_DTYPES, adaptive_geometry, checked_divisor, checked_norm, raise_index
 from .ops.transposed import transposed_geometry
 
 try:
@@ -199,8 +199,7 @@ def adaptive_max_poolNd(
     jax.Array, or (maxima, indices) as max_poolNd
     """
     (x,) = _adopt(x=x)
-    check_floating("x", x)
-    geometry = PoolGeometry.adaptive(x.shape, output_size, spatial_dims=dims, data_format=data_format)
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=False)
     return _max_pooled(x, geometry, return_indices)
 
 
@@ -346,8 +345,7 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     jax.Array
     """
     (x,) = _adopt(x=x)
-    check_floating("x", x)
-    geometry = PoolGeometry.adaptive(x.shape, output_size, spatial_dims=dims, data_format=data_format)
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=True)
     return _on_images(avg_pool_p, (x,), geometry, direction="forward", counted=False, divisor=0)[0]
 
 
@@ -836,10 +834,13 @@ def _words(indices: Any) -> Any:
 
 def _picked(x: Any, words: Any, *, geometry: PoolGeometry, **how: Any) -> list[Any]:
     """Compute the elements of x that indices name, by XLA: no way to a first derivative in reverse leads here."""
-    shape, last = geometry.output_shape, geometry.data_format == "channels_last"
+    shape, last, channels = geometry.output_shape, geometry.data_format == "channels_last", geometry.channels
     where = jax.lax.bitcast_convert_type(words[..., 0], np.int32)
     # (N, C, L) or (N, L, C)
-    flat, index = (a.reshape(a.shape[0], *((-1, a.shape[-1]) if last else (a.shape[1], -1))) for a in (x, where))
+    sizes = (prod(geometry.input_size), prod(geometry.output_size))
+    flat, index = (
+        a.reshape(len(a), *((size, channels) if last else (channels, size))) for a, size in zip((x, where), sizes)
+    )
     found = jnp.take_along_axis(flat, jnp.maximum(index, 0), axis=1 if last else 2)
     return [jnp.where(index < 0, 0, found).reshape(shape)]
 

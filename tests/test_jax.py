@@ -448,6 +448,16 @@ def test_empty_stacks_and_batches_are_taken():
     assert not np.any(grads[1])
 
 
+def test_nothing_is_pooled_and_unpooled():
+    x, where = jnp.ones((0, 2, 2)), jnp.zeros((0, 2, 2), jnp.int32)
+    y, back = jax.vjp(lambda x: fj.max_unpool1d(x, where, 2), x)
+    assert back(y)[0].shape == x.shape
+    assert jax.jvp(lambda x: fj.max_pool1d(x, 2), (x,), (x,))[1].shape == (0, 2, 1)
+    # An image without channels.
+    assert fj.adaptive_max_pool1d(jnp.ones((0, 4)), 2).shape == (0, 2)
+    assert fj.adaptive_avg_pool2d(jnp.ones((1, 0, 3, 3)), 2).shape == (1, 0, 2, 2)
+
+
 # --- in the machine --------------------------------------------------------------------------------------------
 
 

@@ -113,13 +113,19 @@ def adaptive_max_poolNd(
     if prepared is not None:
         return prepared(x)
     library, (x,) = adopt_all(x=x)
-    check_floating("x", x)
-    # PyTorch takes an image without channels, but not a batch of them.
-    geometry = PoolGeometry.adaptive(
-        x.shape, output_size, spatial_dims=dims, data_format=data_format, allow_no_channels=x.ndim == dims + 1
-    )
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=False)
     calls.keep(key, arguments, runner(library.device).prepared_max_pool(geometry, x.dtype, bool(return_indices)))
     return _max_pooled(library, geometry, x, return_indices)
+
+
+def adaptive_geometry(dims: int, x: Any, output_size: Any, data_format: str, average: bool) -> PoolGeometry:
+    """Check the arguments of an adaptive pool."""
+    check_floating("x", x)
+    # Of no channels PyTorch takes an image, and averages of batches in 1-D and 2-D, or down to one element.
+    allowed = x.ndim == dims + 1 or (average and (dims < 3 or output_size in (1, (1, 1, 1), [1, 1, 1])))
+    return PoolGeometry.adaptive(
+        x.shape, output_size, spatial_dims=dims, data_format=data_format, allow_no_channels=allowed
+    )
 
 
 def _max_pooled(library: arrays.Library, geometry: PoolGeometry, x: np.ndarray, return_indices: bool) -> Any:
@@ -417,12 +423,7 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     if prepared is not None:
         return prepared(x)
     library, (x,) = adopt_all(x=x)
-    check_floating("x", x)
-    # PyTorch takes no channels in 1-D and 2-D, and in 3-D only without a batch or down to one element.
-    geometry = PoolGeometry.adaptive(
-        x.shape, output_size, spatial_dims=dims, data_format=data_format,
-        allow_no_channels=dims < 3 or x.ndim == dims + 1 or output_size in (1, (1, 1, 1), [1, 1, 1]),
-    )  # fmt: skip
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=True)
     calls.keep(key, arguments, runner(library.device).prepared_avg_pool(geometry, x.dtype, False, 0))
     y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), False, 0)
     return library.give_back(as_given(y, geometry.batched))
