@@ -808,12 +808,7 @@ def _pool_geometry(
     name: str,
 ) -> PoolGeometry:
     batched, batch, channels, input_size = _split_shape(name, x_shape, len(kernel), data_format)
-    # PyTorch takes half the kernel, dilated or not; a pair may be wider.
-    if not isinstance(padding, str) and any(isinstance(p, int) and p > k // 2 for p, k in zip(padding, kernel)):
-        raise ArgumentError(
-            f"padding must be at most {tuple(k // 2 for k in kernel)}, half of kernel_size, not {padding}; "
-            f"(before, after) pairs may be wider"
-        )
+    check_pool_padding(padding, kernel)
     _check_not_empty(name, x_shape, channels, input_size)
     pairs = _padding_pairs(padding, input_size, kernel, stride, dilation)
     output_size = _window_count(input_size, kernel, stride, pairs, dilation, name, x_shape, ceil_mode)
@@ -822,6 +817,15 @@ def _pool_geometry(
     )
     check_bytes("the output", geometry.output_shape, itemsize)
     return geometry
+
+
+def check_pool_padding(form: str | Sizes | Pairs, kernel: Sizes) -> None:
+    """Refuse ints that PyTorch does: more than half the kernel, dilated or not; a pair may be wider."""
+    if not isinstance(form, str) and any(isinstance(p, int) and p > k // 2 for p, k in zip(form, kernel)):
+        raise ArgumentError(
+            f"padding must be at most {tuple(k // 2 for k in kernel)}, half of kernel_size, not {form}; "
+            f"(before, after) pairs may be wider"
+        )
 
 
 def _check_not_empty(name: str, full: Sizes, channels: int, input_size: Sizes) -> None:

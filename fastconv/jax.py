@@ -1,17 +1,17 @@
-"""Convolution and pooling for JAX arrays on the CPU, under jit, grad, vmap and every other transformation.
+"""Convolution, pooling and patches for JAX arrays on the CPU, under jit, grad, vmap and every other transformation.
 
 >>> import fastconv.jax  # doctest: +SKIP
 >>> loss = lambda w: fastconv.jax.conv2d(x, w, padding="same").sum()  # doctest: +SKIP
 >>> jax.jit(jax.grad(loss))(w)  # doctest: +SKIP
 
-The functions are the twins of those of `fastconv`, with their names, arguments and errors. Arguments that are not
-arrays are Python's, known when JAX traces the call: shapes and dtypes are checked then, and the options that hold in
-``with`` blocks are those that held then.
+The functions are the twins of those of `fastconv`, with their names, arguments and errors; gradients are left to
+`jax.grad`. Arguments that are not arrays are Python's, known when JAX traces the call: shapes and dtypes are checked
+then, and the options that hold in ``with`` blocks are those that held then.
 
 A convolution relates three arrays, x, weight and y: any two of them give the third, by the forward pass, the input
 gradient or the weight gradient, each linear in both. One primitive stands for the three. Their derivatives are each
 other, so that those of every order and in both modes come out of one table. A max pool is linear, too, once it is
-known where the maxima are.
+known where the maxima are; and so are averages, unpooling and patches. A norm is made of an average.
 
 XLA calls the kernels by its foreign function interface (`fastconv.xla`): they read and write XLA's buffers where they
 lie. What a call computes is a text in the compiled program, which therefore means the same in another process.
@@ -24,6 +24,7 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache, partial
+from math import copysign, isinf, prod
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,12 @@ import numpy as np
 from . import arrays, config, registry, selection, xla
 from .activations import LEAKY_SLOPE
 from .arrays import INTEGER8
-from .errors import ArgumentTypeError, MissingDependencyError, UnsupportedError
-from .geometry import ConvGeometry, PoolGeometry, flag
+from .errors import ArgumentTypeError, MissingDependencyError, ShapeError, UnsupportedError
+from .geometry import ConvGeometry, PoolGeometry, flag, sizes, unpool_output_size
 from .ops._entries import as_given, batched, entries, runner
 from .ops.convolution import check_activation, check_bias, check_floating, conv_geometry
-from .ops.pooling import AVERAGE_DTYPES, MAX_DTYPES, checked_divisor
+from .ops.patches import fold_geometry, unfold_geometry
+from .ops.pooling import AVERAGE_DTYPES, MAX_DTYPES, adaptive_geometry, checked_divisor, checked_norm, raise_index
 from .ops.transposed import transposed_geometry
 
 try:
@@ -46,11 +48,10 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f"fastconv.jax needs JAX: pip install 'fastconv[jax]' ({error})") from None
 
-__all__ = [
-    f"{name}{dims}d"
-    for name in ("conv", "conv_transpose", "max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
-    for dims in (1, 2, 3)
-]
+_FAMILIES = (
+    "conv", "conv_transpose", "max_pool", "max_unpool", "avg_pool", "lp_pool", "adaptive_max_pool", "adaptive_avg_pool"
+)  # fmt: skip
+__all__ = [*(f"{name}{dims}d" for name in _FAMILIES for dims in (1, 2, 3)), "fold", "unfold"]
 
 # The target's name in compiled programs.
 TARGET = "fastconv"
@@ -198,9 +199,50 @@ def adaptive_max_poolNd(
     jax.Array, or (maxima, indices) as max_poolNd
     """
     (x,) = _adopt(x=x)
-    check_floating("x", x)
-    geometry = PoolGeometry.adaptive(x.shape, output_size, spatial_dims=dims, data_format=data_format)
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=False)
     return _max_pooled(x, geometry, return_indices)
+
+
+def max_unpoolNd(
+    dims: int,
+    x: Any,
+    indices: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    output_size: Any = None,
+    *,
+    data_format: str = "channels_first",
+) -> jax.Array:
+    """Put each value where its index says, and zeros elsewhere: :func:`fastconv.max_unpoolNd` for JAX arrays.
+
+    Parameters
+    ----------
+    x : JAX or NumPy array
+    indices : int32 or int64 array of x's shape
+    kernel_size, stride, padding, output_size, data_format
+        As fastconv.max_unpoolNd takes them.
+
+    Returns
+    -------
+    jax.Array
+
+    Raises
+    ------
+    As fastconv.max_unpoolNd; but an index outside the output is an error of the program that runs (JaxRuntimeError).
+    """
+    x, indices = _adopt(x=x, indices=indices)
+    check_floating("x", x)
+    arrays.check_dtype("indices", indices, ("int32", "int64"))
+    if indices.shape != x.shape:
+        raise ShapeError(f"indices must have the shape of x, {x.shape}, not {indices.shape}")
+    is_batched, batch, channels, pooled, size = unpool_output_size(
+        x.shape, kernel_size, stride, padding, output_size, spatial_dims=dims, data_format=data_format
+    )
+    ones, none = (1,) * dims, ((0, 0),) * dims
+    # Of the pooling, sizes alone matter.
+    geometry = PoolGeometry(batch, channels, size, pooled, ones, ones, none, ones, data_format, is_batched)
+    return _on_images(unpool_p, (x, batched(_words(indices), is_batched)), geometry)[0]
 
 
 def avg_poolNd(
@@ -238,6 +280,57 @@ def avg_poolNd(
     return _on_images(avg_pool_p, (x,), geometry, direction="forward", counted=counted, divisor=divisor)[0]
 
 
+def lp_poolNd(
+    dims: int,
+    x: Any,
+    norm_type: float,
+    kernel_size: Any,
+    stride: Any = None,
+    ceil_mode: bool = False,
+    *,
+    padding: Any = 0,
+    dilation: Any = 1,
+    data_format: str = "channels_first",
+) -> jax.Array:
+    """Return the p-norm of each window: :func:`fastconv.lp_poolNd` for JAX arrays.
+
+    Parameters
+    ----------
+    x : JAX or NumPy array
+    norm_type, kernel_size, stride, ceil_mode, padding, dilation, data_format
+        As fastconv.lp_poolNd takes them.
+
+    Returns
+    -------
+    jax.Array
+        Its derivatives are 0 where a norm is 0.
+    """
+    (x,) = _adopt(x=x)
+    check_floating("x", x)
+    p = checked_norm(norm_type)
+    kernel = sizes("kernel_size", kernel_size, dims, 1, one_for_all=False)
+    geometry = PoolGeometry.create(
+        x.shape, kernel, stride, padding, dilation, ceil_mode,
+        spatial_dims=dims, data_format=data_format, average=True,
+    )  # fmt: skip
+    wide = x.astype(arrays.compute_dtype(x.dtype))
+    if isinf(p):
+        sign = copysign(1, p)
+        # A window without elements has the norm 0.
+        return jnp.maximum(sign * _max_pooled(sign * jnp.abs(wide), geometry, False), 0).astype(x.dtype)
+    means = _on_images(avg_pool_p, (_power(wide, p),), geometry, direction="forward", counted=True, divisor=0)[0]
+    return _power(means * prod(kernel), 1 / p).astype(x.dtype)
+
+
+def _power(x: Any, p: float) -> jax.Array:
+    """Return |x|**p, whose derivatives are 0 where x is 0 (save those of x**2) and finite elsewhere."""
+    if p == 2:
+        return x * x
+    # The power of 1 is there because what is not chosen has a derivative too.
+    powers = jnp.where(x == 0, 1, jnp.abs(x)) ** (int(p) if p.is_integer() else p)
+    return jnp.where(x == 0, np.inf if p < 0 else 0, powers)
+
+
 def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str = "channels_first") -> jax.Array:
     """Return the average of each of `output_size` windows: :func:`fastconv.adaptive_avg_poolNd` for JAX arrays.
 
@@ -252,15 +345,54 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     jax.Array
     """
     (x,) = _adopt(x=x)
-    check_floating("x", x)
-    geometry = PoolGeometry.adaptive(x.shape, output_size, spatial_dims=dims, data_format=data_format)
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=True)
     return _on_images(avg_pool_p, (x,), geometry, direction="forward", counted=False, divisor=0)[0]
+
+
+def unfold(x: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> jax.Array:
+    """Lay out every window of x as a column: :func:`fastconv.unfold` for JAX arrays.
+
+    Parameters
+    ----------
+    x : JAX or NumPy array
+    kernel_size, dilation, padding, stride
+        As fastconv.unfold takes them.
+
+    Returns
+    -------
+    jax.Array
+    """
+    (x,) = _adopt(x=x)
+    geometry = unfold_geometry(x, kernel_size, dilation, padding, stride)
+    return _on_images(patches_p, (x,), geometry, direction="forward")[0]
+
+
+def fold(
+    cols: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> jax.Array:
+    """Add every column back to the window it came from: :func:`fastconv.fold` for JAX arrays.
+
+    Parameters
+    ----------
+    cols : JAX or NumPy array
+    output_size, kernel_size, dilation, padding, stride
+        As fastconv.fold takes them.
+
+    Returns
+    -------
+    jax.Array
+    """
+    (cols,) = _adopt(cols=cols)
+    geometry = fold_geometry(cols, output_size, kernel_size, dilation, padding, stride)
+    return _on_images(patches_p, (cols,), geometry, direction="input_grad")[0]
 
 
 conv1d, conv2d, conv3d = entries(convNd, __name__)
 conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd, __name__)
 max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, __name__)
+max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, __name__)
 avg_pool1d, avg_pool2d, avg_pool3d = entries(avg_poolNd, __name__)
+lp_pool1d, lp_pool2d, lp_pool3d = entries(lp_poolNd, __name__)
 adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = entries(adaptive_max_poolNd, __name__)
 adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = entries(adaptive_avg_poolNd, __name__)
 
@@ -354,6 +486,16 @@ def _image_results(a: Any, *others: Any, geometry: PoolGeometry, direction: str,
     return [(geometry.output_shape if direction == "forward" else geometry.x_shape, a.dtype)]
 
 
+def _unpool_results(x: Any, words: Any, *, geometry: PoolGeometry, options: Any) -> Any:
+    return [(geometry.x_shape, x.dtype)]
+
+
+def _patches_results(a: Any, *, geometry: ConvGeometry, direction: str, options: Any) -> Any:
+    g = geometry
+    columns = (g.batch, g.reduction_length, prod(g.output_size))
+    return [(columns if direction == "forward" else g.x_shape, a.dtype)]
+
+
 # (x, weight[, bias]) -> y, (y, weight) -> x or (y, x) -> weight
 conv_p = _primitive("conv", _conv_results)
 # x -> y[, where]
@@ -362,6 +504,10 @@ max_pool_p = _primitive("max_pool", _max_pool_results)
 pick_p = _primitive("pick", _image_results)
 # x -> y or back
 avg_pool_p = _primitive("avg_pool", _image_results)
+# (y, where) -> x: each element alone, where `pick` back adds those that share an index
+unpool_p = _primitive("unpool", _unpool_results)
+# x -> columns or back
+patches_p = _primitive("patches", _patches_results)
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------
@@ -436,12 +582,19 @@ def _linear_transpose(p: Primitive, cotangents: Any, image: Any, *others: Any, d
     return [*p.bind(cotangents[0], *others, direction=OPPOSITE[direction], **params), *nothing]
 
 
+def _unpool_transpose(cotangents: Any, image: Any, words: Any, **params: Any) -> Any:
+    if type(cotangents[0]) is ad.Zero:
+        return [None, None]
+    return [*pick_p.bind(cotangents[0], words, direction="forward", **params), None]
+
+
 ad.primitive_jvps[conv_p] = _conv_jvp
 ad.primitive_transposes[conv_p] = _conv_transpose
 ad.primitive_jvps[max_pool_p] = _max_pool_jvp
-for _p in (pick_p, avg_pool_p):
+for _p in (pick_p, avg_pool_p, unpool_p, patches_p):
     ad.primitive_jvps[_p] = partial(_linear_jvp, _p)
     ad.primitive_transposes[_p] = partial(_linear_transpose, _p)
+ad.primitive_transposes[unpool_p] = _unpool_transpose
 
 
 # --- batching --------------------------------------------------------------------------------------------------
@@ -491,7 +644,7 @@ def _loop(p: Primitive, mapped: tuple[bool, ...], **params: Any) -> Any:
     return jax.jit(loop)
 
 
-for _p in (conv_p, max_pool_p, pick_p, avg_pool_p):
+for _p in (conv_p, max_pool_p, pick_p, avg_pool_p, unpool_p, patches_p):
     batching.primitive_batchers[_p] = partial(_batch, _p)
 
 
@@ -632,6 +785,24 @@ def _computing_avg_pool(geometry: PoolGeometry, direction: str, counted: bool, d
     return _reusing(prepare)
 
 
+def _computing_unpool(geometry: PoolGeometry) -> Callable[..., None]:
+    g, run = geometry, runner("cpu")
+
+    def compute(x: np.ndarray, words: np.ndarray, y: np.ndarray) -> None:
+        where = _where(words)
+        found, valid = run.max_unpool(x, where, g.batch, g.channels, g.input_size, g.data_format)
+        if not valid:
+            raise_index(where, g.input_size, lowest=0)
+        np.copyto(y, found)
+
+    return compute
+
+
+def _computing_patches(geometry: ConvGeometry, direction: str) -> Callable[..., None]:
+    whole = getattr(runner("cpu"), {"forward": "unfold", "input_grad": "fold"}[direction])
+    return _copying(lambda a: [whole(geometry, a)], 1)
+
+
 def _copying(function: Callable[..., Any], operands: int) -> Callable[..., Any]:
     """Return a function of (*operands, *results) that copies what `function` returns."""
 
@@ -654,12 +825,22 @@ def _indices(words: Any) -> Any:
     return jax.lax.bitcast_convert_type(words if dtype.itemsize == 8 else words[..., 0], dtype)
 
 
+def _words(indices: Any) -> Any:
+    """Return indices as pairs of words, the lower first."""
+    if indices.dtype.itemsize == 8:
+        return jax.lax.bitcast_convert_type(indices, np.uint32)
+    return jax.lax.bitcast_convert_type(jnp.stack([indices, indices >> 31], -1), np.uint32)
+
+
 def _picked(x: Any, words: Any, *, geometry: PoolGeometry, **how: Any) -> list[Any]:
     """Compute the elements of x that indices name, by XLA: no way to a first derivative in reverse leads here."""
-    shape, last = geometry.output_shape, geometry.data_format == "channels_last"
+    shape, last, channels = geometry.output_shape, geometry.data_format == "channels_last", geometry.channels
     where = jax.lax.bitcast_convert_type(words[..., 0], np.int32)
     # (N, C, L) or (N, L, C)
-    flat, index = (a.reshape(a.shape[0], *((-1, a.shape[-1]) if last else (a.shape[1], -1))) for a in (x, where))
+    sizes = (prod(geometry.input_size), prod(geometry.output_size))
+    flat, index = (
+        a.reshape(len(a), *((size, channels) if last else (channels, size))) for a, size in zip((x, where), sizes)
+    )
     found = jnp.take_along_axis(flat, jnp.maximum(index, 0), axis=1 if last else 2)
     return [jnp.where(index < 0, 0, found).reshape(shape)]
 
@@ -669,6 +850,8 @@ _COMPUTING: dict[str, Callable[..., Callable[..., None]]] = {
     max_pool_p.name: _computing_max_pool,
     pick_p.name: _computing_pick,
     avg_pool_p.name: _computing_avg_pool,
+    unpool_p.name: _computing_unpool,
+    patches_p.name: _computing_patches,
 }
 _handler = xla.handler(_call)
 jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(xla.address(_handler)), platform="cpu")

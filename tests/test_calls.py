@@ -86,6 +86,14 @@ def test_every_case_gives_the_same_bits_again(case):
     assert first.tobytes() == again.tobytes()
 
 
+@pytest.mark.parametrize("needs", [("input",), ("weight",), ("input", "weight", "bias")])
+def test_gradients_of_nothing_are_there_again(needs):
+    x, w, grad = (np.ones(shape, "float32") for shape in ((0, 2, 5, 5), (3, 2, 3, 3), (0, 3, 3, 3)))
+    for _ in range(2):
+        found = fastconv.conv2d_backward(grad, x, w, needs=needs)
+        assert [a is not None for a in found] == [n in needs for n in ("input", "weight", "bias")]
+
+
 def test_numbers_that_are_equal_but_not_alike_are_told_apart():
     conv(stride=1)
     for stride in (True, 1.0, np.float64(1), (1.0, 1.0), (True, 1), "1"):

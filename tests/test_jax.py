@@ -131,6 +131,94 @@ def test_adaptive_pools_and_their_gradients_are_those_of_numpy_arrays():
     np.testing.assert_array_equal(back(y)[0], fastconv.adaptive_max_pool2d_backward(maxima, indices, x.shape))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("power", [1, 2, 3, 2.5, 0.5, -1, np.inf, -np.inf])
+def test_norms_and_their_gradients_are_those_of_numpy_arrays(dtype, power):
+    how = {"kernel_size": (3, 2), "stride": 2, "padding": 1, "ceil_mode": True}
+    x = normal("x", shape=(2, 3, 7, 6), dtype=dtype)
+    # A window of zeros, and zeros among other numbers.
+    x[0, 0, :4], x[1, 1, 2, 3] = 0, 0
+    slack = {"float64": 1e-12, "float32": 2e-5, "float16": 4e-3}[dtype]
+    with x64(dtype == "float64"):
+        y, back = jax.vjp(jax.jit(lambda x: fj.lp_pool2d(x, power, **how)), x)
+        expected = fastconv.lp_pool2d(x, power, **how)
+        assert y.dtype == expected.dtype
+        np.testing.assert_allclose(y, expected, rtol=slack)
+        if np.isinf(power) or dtype == "float16":
+            return
+        grad = normal("g", shape=expected.shape, dtype=dtype)
+        wanted = fastconv.lp_pool2d_backward(grad, x, power, **how)
+        np.testing.assert_allclose(back(grad)[0], wanted, rtol=0, atol=slack * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_unpooling_and_its_gradient_are_those_of_numpy_arrays(dims, data_format):
+    x = normal("unpool", shape=(2, 3, *(9, 7, 5)[:dims]), dtype="float32")
+    x, how = x if data_format == "channels_first" else last(x), {"data_format": data_format}
+    pooled, where = jax.jit(lambda x: twin("max_pool{}d", dims)(x, 3, 2, 1, return_indices=True, **how))(x)
+    unpool = jax.jit(lambda p: twin("max_unpool{}d", dims)(p, where, 3, 2, 1, x.shape, **how))
+    y, back = jax.vjp(unpool, pooled)
+    arrays = np.asarray(pooled), np.asarray(where, np.int64)
+    np.testing.assert_array_equal(y, op("max_unpool{}d", dims)(*arrays, 3, 2, 1, x.shape, **how))
+    expected = op("max_unpool{}d_backward", dims)(x, arrays[1], **how)
+    np.testing.assert_array_equal(back(jnp.asarray(x))[0], expected)
+    np.testing.assert_array_equal(jax.vmap(unpool)(jnp.stack([pooled, 2 * pooled]))[1], 2 * y)
+    # One image, the size that follows from the pooling, and indices of either width.
+    for wide in (False, True):
+        with x64(wide):
+            alone = twin("max_unpool{}d", dims)(arrays[0][1], arrays[1][1], 3, 2, 1, **how)
+            np.testing.assert_array_equal(alone, op("max_unpool{}d", dims)(arrays[0][1], arrays[1][1], 3, 2, 1, **how))
+
+
+def test_indices_to_unpool_are_checked():
+    x, where = jnp.ones((1, 1, 2)), jnp.array([[[0, 4]]])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"indices must lie in 0 to 3 .*, not 4"):
+        fj.max_unpool1d(x, where, 2).block_until_ready()
+    with pytest.raises(fastconv.DTypeError, match="indices must have dtype int32, int64, not float32"):
+        fj.max_unpool1d(x, x, 2)
+    with pytest.raises(fastconv.ShapeError, match="indices must have the shape of x"):
+        fj.max_unpool1d(x, where[0], 2)
+
+
+PATCHES = [case for case in CONV_CASES if case.padding_mode == "zeros" and case.x_shape[0]]
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=str)
+def test_patches_and_their_gradients_are_those_of_numpy_arrays(case):
+    x, kernel = normal(case, shape=case.x_shape, dtype="float32"), tuple(case.weight_shape[2:])
+    how = {"dilation": case.dilation, "padding": case.padding, "stride": case.stride}
+    cols, back = jax.vjp(lambda x: fj.unfold(x, kernel, **how), x)
+    np.testing.assert_array_equal(cols, fastconv.unfold(x, kernel, **how))
+    image, forth = jax.vjp(lambda cols: fj.fold(cols, x.shape[2:], kernel, **how), cols)
+    np.testing.assert_array_equal(image, fastconv.fold(np.asarray(cols), x.shape[2:], kernel, **how))
+    # Each is the other's gradient.
+    np.testing.assert_array_equal(back(cols)[0], image)
+    np.testing.assert_array_equal(forth(jnp.asarray(x))[0], cols)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", BFLOAT16], ids=str)
+def test_patches_of_every_dtype_with_and_without_a_batch(dtype):
+    x = normal("x", shape=(2, 3, 5, 6), dtype=dtype)
+    with x64(np.dtype(dtype) == np.float64):
+        cols = jax.jit(lambda x: fj.unfold(x, (2, 3), padding=1))(x)
+        assert cols.dtype == x.dtype
+        np.testing.assert_array_equal(cols, fastconv.unfold(x, (2, 3), padding=1))
+        np.testing.assert_array_equal(fj.unfold(x[1], (2, 3), padding=1), cols[1])
+        np.testing.assert_array_equal(jax.vmap(lambda x: fj.unfold(x, (2, 3), padding=1))(x), cols)
+        fold = lambda cols: fj.fold(cols, (5, 6), (2, 3), padding=1)  # noqa: E731
+        np.testing.assert_array_equal(fold(cols), fastconv.fold(np.asarray(cols), (5, 6), (2, 3), padding=1))
+        np.testing.assert_array_equal(fold(cols[1]), fold(cols)[1])
+        assert fold(cols[:0]).shape == (0, 3, 5, 6)
+
+
+def test_every_operation_for_arrays_is_there_for_jax():
+    operations = {n for n in fastconv.__all__ if re.search(r"(conv|pool|transpose)[123]d$|^(un)?fold$", n)}
+    # Gradients are `jax.grad`'s.
+    assert set(fj.__all__) == {n for n in operations if not n.startswith("plan_")}
+    assert all(callable(getattr(fj, name)) for name in fj.__all__)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", BFLOAT16, "int8"], ids=str)
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 def test_dtypes_and_formats_are_those_of_numpy_arrays(dtype, data_format):
@@ -247,7 +335,17 @@ POOLS = {
         lax_max,
     ),
     "average": (lambda x: fj.avg_pool2d(x, 3, 2, 1), lax_mean),
+    "norm": (lambda x: fj.lp_pool2d(x, 2, 3, 2, padding=1), lambda x: (9 * lax_mean(x * x)) ** 0.5),
+    "unpooled": (
+        lambda x: fj.max_unpool2d(x, PLACES.reshape(x.shape), 2),
+        lambda x: jnp.zeros((2, 168)).at[np.arange(2)[:, None], PLACES].set(x.reshape(2, 42)),
+    ),
+    "patches": (
+        lambda x: fj.unfold(x, 2, padding=1),
+        lambda x: lax.conv_general_dilated_patches(x, (2, 2), (1, 1), ((1, 1), (1, 1))),
+    ),
 }
+PLACES = np.arange(84, dtype=np.int32).reshape(2, 42) * 2
 
 
 @pytest.mark.parametrize(
@@ -257,12 +355,16 @@ POOLS = {
         (jax.jacfwd, "max, channels last"),
         (jax.hessian, "max"),
         (jax.hessian, "average"),
+        (jax.hessian, "norm"),
+        (jax.hessian, "unpooled"),
+        (jax.hessian, "patches"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_derivatives_of_pools_are_those_of_lax(mode, name):
     pools = POOLS[name]
     x = normal("x", shape=(1, 2, 7, 6), dtype="float32")
+    x[0, 0, 2, 2] = 0
     found, expected = (jax.jit(mode(lambda x: (pool(x) ** 3).sum()))(x) for pool in pools)  # noqa: B023
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -344,6 +446,16 @@ def test_empty_stacks_and_batches_are_taken():
     grads = jax.grad(lambda w, b: fj.conv2d(x[:0], w, b, **HOW).sum(), argnums=(0, 1))(w, b)
     assert not np.any(grads[0])
     assert not np.any(grads[1])
+
+
+def test_nothing_is_pooled_and_unpooled():
+    x, where = jnp.ones((0, 2, 2)), jnp.zeros((0, 2, 2), jnp.int32)
+    y, back = jax.vjp(lambda x: fj.max_unpool1d(x, where, 2), x)
+    assert back(y)[0].shape == x.shape
+    assert jax.jvp(lambda x: fj.max_pool1d(x, 2), (x,), (x,))[1].shape == (0, 2, 1)
+    # An image without channels.
+    assert fj.adaptive_max_pool1d(jnp.ones((0, 4)), 2).shape == (0, 2)
+    assert fj.adaptive_avg_pool2d(jnp.ones((1, 0, 3, 3)), 2).shape == (1, 0, 2, 2)
 
 
 # --- in the machine --------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """fastconv.torch: operations on tensors give what those on arrays give, with gradients, however PyTorch calls them."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support import conv_arguments, normal, op, pool_arguments, run_python
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
 import fastconv.torch as ft
@@ -24,8 +27,8 @@ def same(found, expected):
     return np.array_equal(found.detach().numpy(), expected.detach().numpy())
 
 
-def lies_like(y, x):
-    return y.is_contiguous() if x.is_contiguous() else y.is_contiguous(memory_format=MEMORY[x.ndim])
+def lies(y, last):
+    return y.is_contiguous(memory_format=MEMORY[y.ndim]) if last and len(y) else y.is_contiguous()
 
 
 # --- the table of cases ----------------------------------------------------------------------------------------
@@ -45,13 +48,13 @@ def test_convolutions_give_what_arrays_give(case, last):
     y = getattr(ft, f"conv{dims}d")(x, w, b, **how)
     arrays = [t.detach() for t in (x, w, b)]
     assert same(y, op("conv{}d", dims)(*arrays, **how))
-    assert lies_like(y, x)
+    assert lies(y, last)
     grad = torch.from_numpy(normal(case, "grad", shape=tuple(y.shape)))
     y.backward(grad)
     expected = op("conv{}d_backward", dims)(grad, *arrays[:2], **how)
     for found, wanted in zip((x.grad, w.grad, b.grad), expected):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert lies_like(x.grad, x)
+    assert lies(x.grad, last)
 
 
 @in_turn(POOL_CASES)
@@ -62,7 +65,7 @@ def test_pools_give_what_arrays_give(case, last):
     values, places = op("max_pool{}d", dims)(x.detach(), **how, return_indices=True)
     assert same(y, values)
     assert same(where, places)
-    assert lies_like(y, x)
+    assert lies(y, last)
     with torch.no_grad():
         assert same(getattr(ft, f"max_pool{dims}d")(x, **how), values)
     grad = torch.from_numpy(normal(case, "grad", shape=tuple(y.shape)))
@@ -70,8 +73,9 @@ def test_pools_give_what_arrays_give(case, last):
     assert same(dx, op("max_pool{}d_backward", dims)(grad, places, tuple(x.shape)))
     y = getattr(ft, f"avg_pool{dims}d")(x, **how)
     assert same(y, op("avg_pool{}d", dims)(x.detach(), **how))
-    assert lies_like(y, x)
+    assert lies(y, last and dims == 2)
     (dx,) = torch.autograd.grad(y, x, grad)
+    grad = grad.to(memory_format=MEMORY[grad.ndim]) if last else grad
     assert same(dx, op("avg_pool{}d_backward", dims)(grad, tuple(x.shape), **how))
 
 
@@ -91,7 +95,7 @@ def test_transposed_convolutions_give_what_arrays_give(how, last):
     y = ft.conv_transpose2d(x, w, b, groups=2, **how)
     arrays = [t.detach() for t in (x, w, b)]
     assert same(y, fastconv.conv_transpose2d(*arrays, groups=2, **how))
-    assert lies_like(y, x)
+    assert lies(y, last)
     grads = torch.autograd.grad(y, (x, w, b), y.detach())
     for found, wanted in zip(grads, fastconv.conv_transpose2d_backward(y.detach(), *arrays[:2], groups=2, **how)):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -180,6 +184,34 @@ def test_autocast_casts_as_for_pytorchs_convolutions():
     assert x.grad.dtype == w.grad.dtype == torch.float32
 
 
+POOLED = {
+    "max_pool": (2,), "max_pool_with_indices": (2,), "avg_pool": (2,), "lp_pool": (2, 2), "adaptive_avg_pool": (3,),
+    "adaptive_max_pool": (3,), "max_unpool": (2,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_autocast_pools_in_pytorchs_types(name, dims, dtype):
+    x, arguments = tensor("x", shape=(2, 3, *(7, 6, 5)[:dims])).detach().to(dtype), POOLED[name]
+    if name == "max_unpool":
+        arguments = (torch.arange(x[0, 0].numel()).view(x.shape[2:]).expand(x.shape), *arguments)
+    name, more = name.partition("_with")[0] + f"{dims}d", {"return_indices": True} if "_with" in name else {}
+
+    def pooled(home):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = getattr(home, name)(x, *arguments, **more)
+        return y[0] if more else y
+
+    wanted = pooled(F)
+    with ft.enabled() as block:
+        found = [pooled(ft), pooled(F)]
+    assert sum(block.routed.values()) == 1, block.report()
+    for y in found:
+        torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02, check_dtype=True)
+
+
 def test_integers_give_int32():
     x, w = torch.randint(-9, 9, (1, 2, 5, 5), dtype=torch.int8), torch.randint(-9, 9, (3, 2, 3, 3), dtype=torch.int8)
     y = ft.conv2d(x, w)
@@ -205,6 +237,16 @@ def test_inference_mode_and_no_grad():
         assert same(found, F.max_pool2d(y, 2))
     with torch.no_grad():
         assert not ft.conv2d(x, w).requires_grad
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 # --- gradients -------------------------------------------------------------------------------------------------
@@ -255,12 +297,73 @@ def test_gradients_of_pools_and_patches_to_the_second_order(name):
     assert torch.autograd.gradgradcheck(POOLS[name], x)
 
 
-def test_norms_have_a_first_gradient_and_say_that_there_is_no_second():
-    x = tensor("x", shape=(1, 2, 4, 4))
-    assert torch.autograd.gradcheck(lambda x: ft.lp_pool2d(x, 3, 2), x)
-    (dx,) = torch.autograd.grad(ft.lp_pool2d(x, 3, 2).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no gradient of lp_pool_backward"):
-        dx.sum().backward()
+@pytest.mark.parametrize("power", [1, 2, 3, 2.5, -1])
+def test_gradients_of_norms_to_the_second_order(power):
+    x = tensor("norm", shape=(2, 2, 4, 5))
+    norm = lambda x: ft.lp_pool2d(x, power, (2, 3), 2, padding=1)  # noqa: E731
+    assert torch.autograd.gradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(norm, x)
+
+
+def test_second_gradients_of_norms_at_zero_are_pytorchs():
+    x = tensor("norm", shape=(2, 2, 4, 6)).detach()
+    x[..., ::2] = 0
+    x.requires_grad_()
+    found = []
+    for norm in (ft.lp_pool2d, F.lp_pool2d):
+        (dx,) = torch.autograd.grad((norm(x, 2, (2, 3)) ** 3).sum(), x, create_graph=True)
+        found.append((dx, *torch.autograd.grad(dx.sin().sum(), x)))
+    torch.testing.assert_close(*found)
+    # Without a norm that is not zero there is nothing to agree on but that it is a number.
+    x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    (dx,) = torch.autograd.grad(ft.lp_pool2d(x, 2, 2).sum(), x, create_graph=True)
+    assert not torch.autograd.grad(dx.sum(), x)[0].any()
+
+
+FORWARD = {
+    **{name: (CONVOLUTIONS[name], tuple(SMALL.values())) for name in CONVOLUTIONS},
+    **{name: (pool, [(2, 2, 2, 5) if name == "unpool" else (2, 2, 4, 5)]) for name, pool in POOLS.items()},
+    "max, windows of padding": (lambda x: ft.max_pool2d(x, 2, 3, ((2, 0), (0, 0))).clamp(min=-9), [(1, 2, 4, 4)]),
+    "norm": (lambda x: ft.lp_pool2d(x, 3, (2, 3), 2, padding=1), [(2, 2, 4, 5)]),
+}
+
+
+# PyTorch's own, from the bottom of `torch.func.jvp`.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("name", FORWARD)
+def test_derivatives_in_forward_mode_and_of_gradients(name):
+    function, shapes = FORWARD[name]
+    inputs = [tensor(name, i, shape=shape) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+    # The same through `torch.func`, forward over reverse.
+    loss = lambda *a: function(*a).sin().sum()  # noqa: E731
+    plain, directions = [t.detach() for t in inputs], [tensor("t", t.shape, shape=t.shape, grad=False) for t in inputs]
+    grad = torch.func.grad(loss, tuple(range(len(inputs))))
+    _, found = torch.func.jvp(grad, tuple(plain), tuple(directions))
+    first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    product = sum((g * t).sum() for g, t in zip(first, directions))
+    for ours, theirs in zip(found, torch.autograd.grad(product, inputs)):
+        torch.testing.assert_close(ours, theirs)
+
+
+# PyTorch's own, from the bottom of `torch.func.jvp`.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore::DeprecationWarning")
+def test_operators_have_no_tangents_and_say_so():
+    x, w = (torch.from_numpy(normal(n, shape=n)) for n in ((1, 2, 5, 5), (3, 2, 3, 3)))
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: F.conv2d(x, w) ** 2, (x,), (x,))[1]
+
+    with ft.enabled() as found:
+        torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(x), tangent(x))
+    assert "no forward-mode derivatives, which torch.compile would need" in found.report()
+    with (
+        forward_ad.dual_level(),
+        Seen([]),
+        pytest.raises(fastconv.UnsupportedError, match="no forward-mode derivatives, which dispatch modes would need"),
+    ):
+        ft.conv2d(forward_ad.make_dual(x, x), w)
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -297,9 +400,9 @@ def samples(last):
     yield "max_unpool", (small, PLACES, [2, 2], [2, 2], [0, 0, 0, 0], [4, 6])
     yield "max_unpool_backward", (tensor("big", shape=(2, 3, 4, 6)), PLACES)
     yield "avg_pool", (x, *WINDOW, True, None)
-    yield "avg_pool_backward", (small, [4, 6], *WINDOW[:2], [0] * 4, *WINDOW[3:], True, 3)
+    yield "avg_pool_backward", (small, [4, 6], True, *WINDOW[:2], [0] * 4, *WINDOW[3:], True, 3)
     yield "adaptive_avg_pool", (x, [2, 4])
-    yield "adaptive_avg_pool_backward", (small, [5, 6])
+    yield "adaptive_avg_pool_backward", (small, [5, 6], last)
     yield "lp_pool", (x, *WINDOW, 2.0)
     yield "unfold", (x, [2, 3], [1, 1], [1, 0, 0, 1], [2, 2])
     yield "fold", (tensor("cols", shape=(2, 12, 20)), [5, 6], [2, 2], [1, 1], [0] * 4, [1, 1])
@@ -332,6 +435,18 @@ def test_compilation_without_graph_breaks(dynamic):
         for ours, theirs in zip(found, wanted):
             torch.testing.assert_close(ours, theirs)
         inputs[0] = inputs[0].detach()[..., 1:].clone().requires_grad_()
+
+
+@pytest.mark.parametrize("pool", [ft.max_pool2d, ft.avg_pool2d])
+def test_operators_refuse_the_same_padding(pool):
+    x = torch.ones(1, 1, 6, 6)
+    with (
+        Seen([]),
+        pytest.raises(fastconv.ArgumentError, match=r"padding must be at most \(1, 1\), half of kernel_size"),
+    ):
+        pool(x, 2, padding=2)
+    with Seen([]):
+        assert pool(x, 2, padding=((2, 0), (0, 2))).shape == (1, 1, 4, 4)
 
 
 def test_export_with_a_dynamic_batch():
@@ -378,16 +493,9 @@ def test_vmap_over_each_argument():
 
 
 def test_dispatch_modes_see_the_operators():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     names = []
     x, w = (t for t in network_inputs()[:2])
-    with Seen():
+    with Seen(names):
         ft.conv2d(x, w).sum().backward()
     assert {"fastconv.conv.default", "fastconv.conv_backward.default"} <= set(names)
 
@@ -413,22 +521,6 @@ def test_wrong_arguments_are_refused_by_name():
         ft.conv2d(x, w.double())
     with pytest.raises(fastconv.UnsupportedError, match="winograd"):
         ft.conv2d(x, w, stride=2, algorithm="winograd")
-
-
-# PyTorch's own, from the bottom of `torch.func.jvp`.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_forward_mode_is_refused():
-    x, w = torch.ones(1, 3, 6, 6), torch.ones(4, 3, 3, 3)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: ft.conv2d(x, w), (x,), (x,))
-
-
-@pytest.mark.parametrize("function", [lambda x: ft.conv2d(x, torch.ones(4, 3, 3, 3)), lambda x: ft.avg_pool2d(x, 2)])
-def test_forward_mode_is_refused_where_no_gradient_is_wanted(function):
-    with forward_ad.dual_level():
-        x = forward_ad.make_dual(torch.ones(1, 3, 6, 6), torch.ones(1, 3, 6, 6))
-        with pytest.raises(RuntimeError, match="jvp"):
-            function(x)
 
 
 def test_many_gradients_at_once():
@@ -483,6 +575,81 @@ with event.install_recorder("numba:compile") as recorder:
 print(len(recorder.buffer))
 """
     assert run_python(script).strip() == "0"
+
+
+# --- strides ---------------------------------------------------------------------------------------------------
+
+EXTENTS = (7, 6, 5)
+
+
+def last_in_memory(x, axis=1):
+    return x.movedim(axis, -1).contiguous().movedim(-1, axis)
+
+
+FORMATS = {
+    "contiguous": lambda x: x,
+    "channels last": last_in_memory,
+    "one channel, last": lambda x: last_in_memory(x[:, :1].expand_as(x))[:, :1].to(memory_format=MEMORY[x.ndim]),
+    "one pixel, last": lambda x: last_in_memory(x)[(..., *(slice(1),) * (x.ndim - 2))].to(memory_format=MEMORY[x.ndim]),
+    "turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "no batch": lambda x: x[0],
+    "no batch, channels last": lambda x: last_in_memory(x[0], 0),
+    "nothing": lambda x: x[:0],
+}
+
+
+def strided(dims, channels):
+    """Functions that PyTorch and fastconv have, by name."""
+    of = lambda name: getattr(F, name.format(dims))  # noqa: E731
+    w, wt = (tensor(n, shape=(*n, *(1,) * dims), dtype="float32", grad=False) for n in ((6, channels), (channels, 6)))
+    yield "conv", lambda x: of("conv{}d")(x, w, padding=1)
+    yield "conv, weight last", lambda x: of("conv{}d")(x, last_in_memory(w.repeat_interleave(3, -1)), padding="same")
+    yield "depthwise", lambda x: of("conv{}d")(x, wt[:, :1], groups=channels)
+    yield "transposed", lambda x: of("conv_transpose{}d")(x, wt, stride=2)
+    yield "max", lambda x: of("max_pool{}d")(x, 3, padding=1)
+    yield "indices", lambda x: of("max_pool{}d")(x, 3, padding=1, return_indices=True)
+    yield "avg", lambda x: of("avg_pool{}d")(x, 1, 2)
+    yield "norm", lambda x: of("lp_pool{}d")(x, 2, 1, 2)
+    yield "adaptive avg", lambda x: of("adaptive_avg_pool{}d")(x, 3)
+    yield "mean", lambda x: of("adaptive_avg_pool{}d")(x, 1)
+    yield "adaptive max", lambda x: of("adaptive_max_pool{}d")(x, 3, return_indices=True)
+    yield "unpool", lambda x: of("max_unpool{}d")(x, torch.zeros(x.shape, dtype=torch.int64), 2)
+
+
+def stride_differs(dims, form, name):
+    """Where PyTorch's strides are not followed."""
+    return (
+        # Its norms are made of several operations, and do not tell the formats of single elements apart.
+        (name == "norm" and form.startswith("one "))
+        # Alone among single images.
+        or (dims == 3 and form == "no batch, channels last" and name in ("max", "indices"))
+        # It depends on which of its kernels PyTorch takes for one image.
+        or (dims == 3 and form.startswith("no batch") and name == "conv, weight last")
+    )
+
+
+@pytest.mark.parametrize(
+    ("dims", "form"),
+    [(dims, form) for form in FORMATS for dims in (1, 2, 3) if dims > 1 or not form.startswith("one ")],
+)
+def test_strides_are_pytorchs(dims, form):
+    given = FORMATS[form](tensor("x", shape=(2, 4, *EXTENTS[:dims]), dtype="float32", grad=False))
+    for name, function in strided(dims, given.shape[-dims - 1]):
+        if stride_differs(dims, form, name):
+            continue
+        for grad in (False, True):
+            x, results = given.detach().requires_grad_(grad), []
+            for block in (nullcontext(), ft.enabled()):
+                with block:
+                    y = function(x)
+                parts = y if isinstance(y, tuple) else (y,)
+                if grad and form != "nothing":
+                    parts += torch.autograd.grad(parts[0], x, torch.ones(parts[0].shape))
+                results.append([p.stride() for p in parts])
+            assert block.routed, (name, block.report())
+            assert results[1] == results[0], (name, grad)
 
 
 def test_results_of_one_dimension_are_contiguous_as_those_of_pytorch():

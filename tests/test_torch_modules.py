@@ -120,6 +120,22 @@ def test_convert_swaps_in_place_and_reports():
     torch.testing.assert_close(model(x), before)
 
 
+def test_revert_tells_what_it_left():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), ft.Conv2d(2, 2, 1), nn.ReLU())
+    ft.convert(model)
+    nn.utils.parametrizations.weight_norm(model[1])
+    model.append(type("Own", (ft.Conv2d,), {})(2, 2, 3))
+    done = ft.revert(model)
+    assert done.swapped == [("0", "Conv2d"), ("2", "MaxPool2d"), ("3", "Conv2d")]
+    assert str(done).splitlines()[-2:] == [
+        "1: ParametrizedConv2d, left: its class is made of fastconv's: remove its parametrizations first",
+        "5: Own, left: its class is made of fastconv's",
+    ]
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert [name for name, _ in ft.revert(model).swapped] == ["1"]
+    assert type(model[1]) is nn.Conv2d
+
+
 def test_convert_leaves_what_the_algorithm_cannot_do():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).to("meta"))
     done = ft.convert(model, algorithm="winograd")
@@ -183,6 +199,27 @@ def test_enabled_routes_functions_and_modules_and_counts():
             torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), w)[0] for t in (result, wanted)))
 
 
+def test_blocks_count_what_those_inside_them_computed():
+    x, w = image(1, 2, 8, 8), image(2, 2, 3, 3)
+    with ft.enabled() as outer:
+        F.conv2d(x, w)
+        with ft.enabled(algorithm="winograd") as inner:
+            F.conv2d(x, w)
+            with inner:
+                F.conv2d(x, w)
+            # The inner one leaves it to the outer one.
+            F.conv2d(x, w, stride=2)
+            # Both leave it.
+            F.conv2d(torch.complex(x, x), torch.complex(w, w))
+        F.max_pool2d(x, 2)
+        with inner:
+            F.conv2d(x, w)
+    assert dict(inner.routed) == {"conv2d": 3}
+    assert sum(inner.left.values()) == 2
+    assert dict(outer.routed) == {"conv2d": 5, "max_pool2d": 1}
+    assert sum(outer.left.values()) == 1
+
+
 def test_what_is_unsupported_falls_through_and_is_counted():
     x, w = image(1, 2, 8, 8), image(2, 2, 3, 3).requires_grad_()
     with ft.enabled(algorithm="winograd") as found:
@@ -195,6 +232,43 @@ def test_what_is_unsupported_falls_through_and_is_counted():
     assert sum(found.left.values()) == 4
     for reason in ("tiles need stride 1", "complex64", "leaves out the absolute value", "channels"):
         assert reason in found.report()
+
+
+def test_what_only_pytorch_refuses_is_refused():
+    x, w = image(1, 2, 8, 8), image(2, 2, 3, 3)
+    calls = {
+        "same": lambda: F.conv2d(x, w, stride=2, padding="same"),
+        "full": lambda: F.conv2d(x, w, padding="full"),
+        "pairs": lambda: F.conv2d(x, w, padding=((1, 0), (0, 1))),
+        "transposed": lambda: F.conv_transpose2d(x, w, padding="same"),
+        "no batch": lambda: torch.convolution(x[0], w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        "maxima": lambda: F.max_pool2d(x, 2, padding="same"),
+        "averages": lambda: F.avg_pool2d(x, 2, padding=((1, 0), (0, 1))),
+        "unpooled": lambda: F.max_unpool2d(x, torch.zeros(x.shape, dtype=torch.int64), 2, padding="valid"),
+    }
+    for name, call in calls.items():
+        with ft.enabled() as found, pytest.raises((RuntimeError, TypeError)):
+            call()
+        assert not found.routed, name
+
+
+# PyTorch's own.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_autocast_reaches_what_pytorchs_does():
+    x, w, places = image(2, 1, 2, 8, 8), image(2, 2, 3, 3), torch.arange(8)[None]
+    calls = {
+        "convolution": lambda: torch.convolution(x[0], w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        "of each image": lambda: torch.func.vmap(lambda x: F.conv2d(x, w))(x),
+        "of each volume": lambda: torch.func.vmap(lambda x: F.max_pool3d(x, 2))(x.bfloat16()),
+        "unpooled": lambda: torch.func.vmap(lambda x: F.max_unpool1d(x, places, 2))(x[0, 0, :, :1].bfloat16()),
+        "gradient of each": lambda: torch.func.vmap(torch.func.grad(lambda x: F.conv2d(x, w).float().pow(2).sum()))(x),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in calls.values():
+            wanted = call()
+            with ft.enabled() as found:
+                torch.testing.assert_close(call(), wanted, rtol=0.05, atol=0.3)
+            assert found.routed
 
 
 # PyTorch's own, of its quantised tensors.
@@ -219,7 +293,7 @@ def test_tensors_of_other_kinds_fall_through():
 
 # PyTorch's own, from the bottom of `torch.func.jvp`.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_forward_mode_falls_through():
+def test_forward_mode_is_routed():
     x, w = image(1, 2, 8, 8), image(3, 2, 3, 3)
 
     def function(x):
@@ -233,18 +307,7 @@ def test_forward_mode_falls_through():
         with ft.enabled() as found:
             result = call()
         torch.testing.assert_close(result, call())
-        assert "no forward-mode derivatives" in found.report()
-
-
-def test_what_autocast_computes_in_float32_stays_so():
-    x = image(1, 2, 4, 4, 4).bfloat16()
-    y, where = F.max_pool2d(x[0].float(), 2, return_indices=True)
-    y = y.bfloat16()
-    with ft.enabled() as found, torch.autocast("cpu", torch.bfloat16):
-        for result in (F.max_pool3d(x, 2), F.adaptive_avg_pool3d(x, 1), F.max_unpool2d(y, where, 2)):
-            assert result.dtype is torch.float32
-        assert F.max_pool2d(x[0], 2).dtype is torch.bfloat16
-    assert dict(found.routed) == {"max_pool2d": 1}
+        assert not found.left
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
@@ -253,6 +316,56 @@ def test_traced_models_compute_the_same():
     wanted = model(x)
     ft.convert(model)
     torch.testing.assert_close(torch.jit.trace(model, torch.ones(2, 1, 12, 12))(x), wanted)
+
+
+class Calls(nn.Module):
+    """Every kind of call that `torch.fx` sees: modules, functions, and one module with two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.up = nn.Conv2d(1, 4, 3), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.out = nn.ConvTranspose2d(4, 2, 2, bias=False)
+
+    def forward(self, x):
+        y, where = self.pool(F.relu(self.conv(x)))
+        return self.out(self.up(y, where, output_size=[10, 10]), output_size=[11, 11])
+
+
+def test_symbolic_traces_have_modules_as_leaves():
+    model, x = Calls(), image(2, 1, 12, 12)
+    wanted = model(x)
+    ft.convert(model, algorithm="direct")
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["conv", "pool", "up", "out"]
+    assert type(traced.conv) is ft.Conv2d
+    assert traced.conv.algorithm == "direct"
+    torch.testing.assert_close(traced(x), wanted)
+    assert traced.state_dict().keys() == model.state_dict().keys()
+
+
+def test_symbolic_traces_have_functions_as_calls():
+    def network(x, w):
+        y = ft.max_pool2d(ft.conv2d(x, weight=w, padding=1), 2)
+        return ft.fold(ft.unfold(y, 2), (6, 6), 2)
+
+    x, w = image(2, 1, 12, 12), image(4, 1, 3, 3)
+    traced = torch.fx.symbolic_trace(network)
+    names = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert names == [ft.conv2d, ft.max_pool2d, ft.unfold, ft.fold]
+    torch.testing.assert_close(traced(x, w), network(x, w))
+
+
+# PyTorch's own.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripts_are_refused_with_what_to_do_instead():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2))
+    ft.convert(model)
+    with pytest.raises(
+        fastconv.UnsupportedError, match=r"cannot compile Conv2d of fastconv.torch: use torch\.jit\.trace"
+    ):
+        torch.jit.script(model)
+    ft.revert(model)
+    torch.jit.script(model)
 
 
 def test_convert_changes_nothing_in_what_it_leaves():
@@ -460,7 +573,7 @@ def test_a_network_trains_in_float32_within_rounding():
 def test_what_convert_returns_is_not_the_model():
     done = ft.convert(nn.Sequential(nn.Conv2d(1, 2, 3)))
     with pytest.raises(
-        AttributeError, match="convert changes the model in place and returns what it did, which has no"
+        AttributeError, match="convert and revert change the model in place and return what they did, which has no"
     ):
         done.parameters()
     assert copy.deepcopy(done) == done

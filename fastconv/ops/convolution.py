@@ -211,7 +211,7 @@ def convNd_backward(
         empty = geometry.is_empty
         found["bias"] = zeros((len(weight),), x.dtype) if empty else run.bias_grad(grad, data_format)
         short["bias"] = None if empty else run.prepared_bias_grad(geometry)
-    if key is not None and all(short.values()):
+    if key is not None and all(short.get(name) for name in wanted):
         calls.keep(key, arguments, _prepared_backward(**short))
     return ConvGrads(**{n: None if a is None else library.give_back(a) for n, a in found.items()})
 

@@ -47,9 +47,7 @@ def unfold(x: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride
            [4, 5, 7, 8]])
     """
     library, (x,) = adopt_all(x=x)
-    arrays.check_dtype("x", x, FLOATING)
-    kernel = _kernel(kernel_size)
-    geometry = _geometry(x.shape, kernel, dilation, padding, stride, x.dtype, "x")
+    geometry = unfold_geometry(x, kernel_size, dilation, padding, stride)
     columns = runner(library.device).unfold(geometry, batched(x, geometry.batched))
     return library.give_back(as_given(columns, geometry.batched))
 
@@ -82,34 +80,39 @@ def fold(cols: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, paddi
            [1, 2, 1]])
     """
     library, (cols,) = adopt_all(cols=cols)
+    geometry = fold_geometry(cols, output_size, kernel_size, dilation, padding, stride)
+    result = runner(library.device).fold(geometry, batched(cols, geometry.batched))
+    return library.give_back(as_given(result, geometry.batched))
+
+
+def unfold_geometry(x: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> ConvGeometry:
+    """Check the arguments of :func:`unfold`; return the convolution whose windows they are."""
+    arrays.check_dtype("x", x, FLOATING)
+    return _geometry(x.shape, _kernel(kernel_size), dilation, padding, stride, x.dtype, "x")
+
+
+def fold_geometry(
+    cols: Any, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
+) -> ConvGeometry:
+    """Check the arguments of :func:`fold`; return the convolution whose windows they are."""
     arrays.check_dtype("cols", cols, FLOATING)
     kernel = _kernel(kernel_size)
     spatial = sizes("output_size", output_size, len(kernel), 1, one_for_all=False)
     if cols.ndim not in (2, 3):
         raise ShapeError(f"cols must have 3 dimensions (N, C*prod(kernel_size), L), or 2 without N, not {cols.shape}")
-    is_batched = cols.ndim == 3
     rows, count = cols.shape[-2:]
     if rows == 0 or rows % math.prod(kernel):
         raise ShapeError(
             f"cols of shape {cols.shape} must have a multiple of prod(kernel_size) = {math.prod(kernel)} rows"
         )
-    image = (rows // math.prod(kernel), *spatial)
-    geometry = _geometry(
-        (len(cols), *image) if is_batched else image,
-        kernel,
-        dilation,
-        padding,
-        stride,
-        cols.dtype,
-        "output_size",
-    )
+    image = (*cols.shape[:-2], rows // math.prod(kernel), *spatial)
+    geometry = _geometry(image, kernel, dilation, padding, stride, cols.dtype, "output_size")
     if count != math.prod(geometry.output_size):
         raise ShapeError(
             f"cols of shape {cols.shape} must have {math.prod(geometry.output_size)} columns: kernel_size {kernel} has "
             f"{geometry.output_size} windows on output_size {spatial}"
         )
-    result = runner(library.device).fold(geometry, batched(cols, is_batched))
-    return library.give_back(as_given(result, is_batched))
+    return geometry
 
 
 def _kernel(kernel_size: Any) -> Sizes:

@@ -113,13 +113,19 @@ def adaptive_max_poolNd(
     if prepared is not None:
         return prepared(x)
     library, (x,) = adopt_all(x=x)
-    check_floating("x", x)
-    # PyTorch takes an image without channels, but not a batch of them.
-    geometry = PoolGeometry.adaptive(
-        x.shape, output_size, spatial_dims=dims, data_format=data_format, allow_no_channels=x.ndim == dims + 1
-    )
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=False)
     calls.keep(key, arguments, runner(library.device).prepared_max_pool(geometry, x.dtype, bool(return_indices)))
     return _max_pooled(library, geometry, x, return_indices)
+
+
+def adaptive_geometry(dims: int, x: Any, output_size: Any, data_format: str, average: bool) -> PoolGeometry:
+    """Check the arguments of an adaptive pool."""
+    check_floating("x", x)
+    # Of no channels PyTorch takes an image, and averages of batches in 1-D and 2-D, or down to one element.
+    allowed = x.ndim == dims + 1 or (average and (dims < 3 or output_size in (1, (1, 1, 1), [1, 1, 1])))
+    return PoolGeometry.adaptive(
+        x.shape, output_size, spatial_dims=dims, data_format=data_format, allow_no_channels=allowed
+    )
 
 
 def _max_pooled(library: arrays.Library, geometry: PoolGeometry, x: np.ndarray, return_indices: bool) -> Any:
@@ -171,7 +177,7 @@ def max_poolNd_backward(
         batched(grad, batched_), batched(where, batched_), batch, channels, spatial, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=-1)
+        raise_index(where, spatial, lowest=-1)
     if key is not None:
         shape = (*input_shape,)
         prepare = runner(library.device).prepared_max_pool_backward
@@ -241,7 +247,7 @@ def max_unpoolNd(
         batched(x, batched_), batched(where, batched_), batch, channels, spatial, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=0)
+        raise_index(where, spatial, lowest=0)
     return library.give_back(as_given(y, batched_))
 
 
@@ -274,7 +280,7 @@ def max_unpoolNd_backward(dims: int, grad_output: Any, indices: Any, *, data_for
         batched(grad, batched_), batched(where, batched_), batch, channels, small, data_format
     )
     if not valid:
-        _raise_index(where, spatial, lowest=0)
+        raise_index(where, spatial, lowest=0)
     return library.give_back(as_given(dx, batched_))
 
 
@@ -417,12 +423,7 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     if prepared is not None:
         return prepared(x)
     library, (x,) = adopt_all(x=x)
-    check_floating("x", x)
-    # PyTorch takes no channels in 1-D and 2-D, and in 3-D only without a batch or down to one element.
-    geometry = PoolGeometry.adaptive(
-        x.shape, output_size, spatial_dims=dims, data_format=data_format,
-        allow_no_channels=dims < 3 or x.ndim == dims + 1 or output_size in (1, (1, 1, 1), [1, 1, 1]),
-    )  # fmt: skip
+    geometry = adaptive_geometry(dims, x, output_size, data_format, average=True)
     calls.keep(key, arguments, runner(library.device).prepared_avg_pool(geometry, x.dtype, False, 0))
     y = runner(library.device).avg_pool(geometry, batched(x, geometry.batched), False, 0)
     return library.give_back(as_given(y, geometry.batched))
@@ -502,7 +503,7 @@ def lp_poolNd(
     """
     library, (x,) = adopt_all(x=x)
     check_floating("x", x)
-    power = _norm_type(norm_type)
+    power = checked_norm(norm_type)
     kernel = sizes("kernel_size", kernel_size, dims, 1, one_for_all=False)
     geometry = PoolGeometry.create(
         x.shape, kernel, stride, padding, dilation, ceil_mode,
@@ -546,7 +547,7 @@ def lp_poolNd_backward(
     library, (grad, x) = adopt_all(grad_output=grad_output, x=x)
     check_floating("x", x)
     arrays.check_same_dtype("grad_output", grad, "x", x.dtype)
-    power = _norm_type(norm_type)
+    power = checked_norm(norm_type)
     if math.isinf(power):
         raise ArgumentError("norm_type must be finite for the gradient; use max_pool on abs(x) for infinity")
     kernel = sizes("kernel_size", kernel_size, dims, 1, one_for_all=False)
@@ -611,7 +612,8 @@ def _check_index_dtype(indices: np.ndarray) -> None:
         raise DTypeError(f"indices must have dtype int64, not {indices.dtype}")
 
 
-def _raise_index(indices: np.ndarray, spatial: tuple[int, ...], lowest: int) -> None:
+def raise_index(indices: np.ndarray, spatial: tuple[int, ...], lowest: int) -> None:
+    """Raise an error that shows an index which is outside a plane of size `spatial`."""
     size = math.prod(spatial)
     bad = indices[(indices < lowest) | (indices >= size)]
     raise ArgumentError(f"indices must lie in 0 to {size - 1} for a plane of size {spatial}, not {int(bad.flat[0])}")
@@ -627,7 +629,8 @@ def checked_divisor(value: Any) -> int:
     return divisor
 
 
-def _norm_type(value: Any) -> float:
+def checked_norm(value: Any) -> float:
+    """Return p of the p-norm."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"norm_type must be a number, not {value!r}")
     power = float(value)

@@ -8,6 +8,9 @@ over, `convert` and `enabled`::
     print(fastconv.torch.convert(model))
     with fastconv.torch.enabled():
         loss(model(x), y).backward()
+
+Derivatives are there of every order, in reverse and (except under `torch.compile` and dispatch modes) in forward mode.
+Results lie in memory of NumPy's, which `Tensor.resize_` cannot make larger.
 """
 
 from __future__ import annotations

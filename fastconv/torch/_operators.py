@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..arrays import TorchArrays
 from ..errors import ArgumentTypeError, ShapeError, UnsupportedError
@@ -27,6 +28,8 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 # Axes of (N, C, ...) as (N, ..., C), and back, by the number of dimensions.
 _TO_LAST = {n: (0, *range(2, n), 1) for n in (3, 4, 5)}
 _TO_FIRST = {n: (0, n - 1, *range(1, n - 1)) for n in (3, 4, 5)}
+# Axes whose strides grow in channels-last memory, save for the batch.
+_GROWING = {n: (1, *reversed(range(2, n))) for n in (3, 4, 5)}
 
 How = tuple[Any, ...]
 Tensors = tuple[torch.Tensor, ...]
@@ -51,6 +54,9 @@ class Operation:
         Returns a gradient or None for each of the tensors. Without it there is none.
     folds : function of how
         The positions of the tensors that have the batch, if images do not depend on each other, or else nothing.
+    jvp : function of (tensors, how, results as a tuple, tangents), optional
+        Returns the result's tangent, or a tuple; a tangent may be None, which is zero. Without it, the operation is
+        linear in its first tensor, and others have no tangents.
     """
 
     def __init__(
@@ -64,10 +70,12 @@ class Operation:
         setup: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         folds: Callable[[How], Sequence[int]] = lambda how: (),
+        jvp: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.tensors = schema.partition("(")[0], tensors
         self.compute, self.flatten, self.gather, self.folds = compute, flatten, gather, folds
         self.setup, self.backward = setup or _set_up_nothing, backward or self._refuse
+        self.jvp = jvp or self._linear
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.operator = getattr(torch.ops.fastconv, self.name).default
         self._register(shapes)
@@ -79,13 +87,17 @@ class Operation:
         """Compute, as whatever is active wants it to be seen."""
         tensors = inputs[:-1]
         if torch.compiler.is_compiling():
+            if in_forward_mode():
+                raise UnsupportedError("operators have no forward-mode derivatives, which torch.compile would need")
             return self.operator(*tensors, *self.flatten(tensors, inputs[-1]))
         if torch._C._are_functorch_transforms_active():
             return self._transformed.apply(*inputs)
-        if not _PLAIN.issuperset(map(type, tensors)) or is_watched() or _are_batched(tensors):
+        forward = in_forward_mode()
+        if not _PLAIN.issuperset(map(type, tensors)) or is_watched() or _are_batched(tensors, forward):
+            if forward and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, tensors)):
+                raise UnsupportedError("operators have no forward-mode derivatives, which dispatch modes would need")
             return self.operator(*_checked(tensors), *self.flatten(tensors, inputs[-1]))
-        # There is no forward mode, and `autograd.Function` says so.
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)) or in_forward_mode():
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)) or forward:
             return self._eager(*inputs)
         return self.compute(*inputs)
 
@@ -136,6 +148,9 @@ class Operation:
         torch.library.register_autograd(name, backward, setup_context=setup, lib=_LIBRARY)
         torch.library.register_vmap(name, vmap, lib=_LIBRARY)
 
+    def _linear(self, tensors: Tensors, how: How, results: Tensors, tangents: Any) -> Any:
+        return None if tangents[0] is None else self(tangents[0], *tensors[1:], how)
+
     def _refuse(self, ctx: Any, saved: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"fastconv.torch has no gradient of {self.name}")
 
@@ -150,9 +165,28 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _are_batched(tensors: Sequence[Any]) -> bool:
-    """Return True in a backward pass of many gradients, `torch.autograd.grad(..., is_grads_batched=True)`."""
-    if torch._C._current_graph_task_id() == -1:
+def is_autocast(device: str) -> bool:
+    """Return True where PyTorch's autocast changes types: not under `vmap`, which takes operators apart before it."""
+    if not torch.is_autocast_enabled(device):
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Vmap
+
+
+def plus(*terms: Any) -> Any:
+    """Return the sum of the terms that are not None; without any, None."""
+    found = [t for t in terms if t is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+def _is_dual(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _are_batched(tensors: Sequence[Any], forward: bool) -> bool:
+    """Return True for many gradients at once, `torch.autograd.grad(..., is_grads_batched=True)`, or many tangents."""
+    if not forward and torch._C._current_graph_task_id() == -1:
         return False
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
@@ -167,6 +201,8 @@ def _eager_function(operation: Operation) -> Any:
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = operation.compute(*inputs)
         operation.setup(ctx, inputs, output)
+        if in_forward_mode():
+            _set_up_tangents(ctx, inputs, output)
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -176,23 +212,41 @@ def _eager_function(operation: Operation) -> Any:
         with torch._C.DisableTorchFunction():
             return (*operation.backward(ctx, saved, *grads), None)
 
-    return _function(f"Fastconv_{operation.name}", forward, backward)
+    return _function(operation, forward, backward)
 
 
 def _transformed_function(operation: Operation) -> Any:
     """Return the `autograd.Function` for `torch.func`: it finds no gradients of operators registered from Python."""
 
+    def setup(ctx: Any, inputs: How, output: Any) -> None:
+        operation.setup(ctx, inputs, output)
+        if in_forward_mode():
+            _set_up_tangents(ctx, inputs, output)
+
     def backward(ctx: Any, *grads: Any) -> Any:
         return (*operation.backward(ctx, ctx.saved_tensors, *grads), None)
 
-    setup, vmap = (staticmethod(f) for f in (operation.setup, operation.vmap))
-    return _function(f"Fastconv_{operation.name}", operation.__call__, backward, setup_context=setup, vmap=vmap)
+    return _function(operation, operation.__call__, backward, setup_context=setup, vmap=operation.vmap)
 
 
-def _function(name: str, forward: Any, backward: Any, **more: Any) -> Any:
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward), **more}
-    )
+def _function(operation: Operation, forward: Any, backward: Any, **more: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        n = operation.tensors
+        tensors, results = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        found = operation.jvp(tensors, ctx.forward_how, results, tangents[:n])
+        if len(results) == 1:
+            return torch.zeros_like(results[0]) if found is None else found
+        # Of whole numbers there is no tangent, not even zero.
+        return tuple(torch.zeros_like(r) if t is None and r.is_floating_point() else t for r, t in zip(results, found))
+
+    methods = {"forward": forward, "backward": backward, "jvp": jvp, **more}
+    name = f"Fastconv_{operation.name}"
+    return type(name, (torch.autograd.Function,), {n: staticmethod(method) for n, method in methods.items()})
+
+
+def _set_up_tangents(ctx: Any, inputs: How, output: Any) -> None:
+    *tensors, ctx.forward_how = inputs
+    ctx.save_for_forward(*tensors, *(output if isinstance(output, tuple) else (output,)))
 
 
 def _checked(tensors: Sequence[Any]) -> Sequence[Any]:
@@ -213,8 +267,19 @@ def checked_tensor(x: Any) -> torch.Tensor:
     raise ArgumentTypeError(f"x must be a PyTorch tensor, not {type(x).__name__}")
 
 
+def described(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Leave a call to what stands for a tensor, as `torch.fx` does; without such, raise the error at hand again."""
+    given = (*args, *kwargs.values())
+    if not has_torch_function(given):
+        raise
+    return handle_torch_function(function, given, *args, **kwargs)
+
+
 def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], *rest: Any) -> Any:
-    """Compute from batches or single images of either data format: the views that make them batches cost no copy."""
+    """Compute from batches or single images of either data format, by views that are batches.
+
+    PyTorch gives contiguous results of single images, however they lie; so they are copied first, where they are not.
+    """
     x = images[0]
     if data_format == "channels_first" and x.ndim == dims + 2:
         return operation(*images, *rest)
@@ -224,8 +289,9 @@ def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[
             f"x must have {dims + 2} dimensions, or {dims + 1} without a batch, not shape {tuple(x.shape)}"
         )
     alone = x.ndim == dims + 1
-    batches = [t.unsqueeze(0) if alone else t for t in images]
-    first = [t.permute(_TO_FIRST[t.ndim]) if last else t for t in batches]
+    if alone:
+        images = tuple((t if last else lying_first(t)).unsqueeze(0) for t in images)
+    first = [t.permute(_TO_FIRST[t.ndim]) if last else t for t in images]
 
     def as_given(t: torch.Tensor) -> torch.Tensor:
         t = t.permute(_TO_LAST[t.ndim]) if last else t
@@ -266,24 +332,46 @@ def to_tensor(result: Any) -> torch.Tensor:
     """Return a tensor over an array, which is no view of another."""
     if type(result) is not np.ndarray:
         return result
-    # The kind of bfloat16; its name takes microseconds to ask for.
+    # `from_numpy` gives an empty tensor strides of 0, which PyTorch's operations do not.
+    # The kind of bfloat16 is V; its name takes microseconds to ask for.
     if result.dtype.kind != "V":
-        return torch.from_numpy(result)
+        found = torch.from_numpy(result)
+        return found if result.size else found.new_empty(result.shape)
+    if not result.size:
+        return torch.empty(result.shape, dtype=torch.bfloat16, device="cpu")
     words = torch.from_numpy(result.view(np.int16))
     empty = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     return empty.set_(words.untyped_storage(), words.storage_offset(), words.shape, words.stride())
 
 
 def lies_last(tensor: torch.Tensor) -> bool:
-    """Return True for a channels-first tensor whose memory is channels-last, and cannot be read as channels-first."""
-    # PyTorch has no such format of one dimension: its results are contiguous there, which models rely on.
-    return tensor.ndim > 3 and not tensor.is_contiguous() and tensor.permute(_TO_LAST[tensor.ndim]).is_contiguous()
+    """Return True for a channels-first tensor that PyTorch takes for channels-last: by its strides alone."""
+    strides = tensor.stride()
+    # Mostly not, and asked for in every call. And channels that are one, expanded, lie nowhere.
+    if strides[1] > strides[-1] or strides[1] == 0:
+        return False
+    shape = tensor.shape
+    # c10/core/MemoryFormat.h: strides grow from channels to batch. Where all these have one element they tell nothing.
+    least = 0
+    for axis in _GROWING[len(shape)]:
+        if shape[axis] == 0 or strides[axis] < least:
+            return False
+        least = strides[axis] * shape[axis]
+    return bool(shape[0] != 0 and strides[0] >= least and least != strides[1])
 
 
-def empty_image(like: torch.Tensor, shape: Sequence[Any], dtype: Any = None) -> torch.Tensor:
+def lying_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor that PyTorch does not take for channels-last."""
+    # The view gives a single channel the strides of many.
+    return tensor.contiguous().view(tensor.shape)
+
+
+def empty_image(like: torch.Tensor, shape: Sequence[Any], dtype: Any = None, last: bool | None = None) -> torch.Tensor:
     """Return an empty (N, C, ...) tensor in the memory format that a result computed from `like` has."""
     dtype = dtype or like.dtype
-    if not lies_last(like):
+    if last is None:
+        last = lies_last(like)
+    if not last:
         return like.new_empty(shape, dtype=dtype)
     n = len(shape)
     return like.new_empty([shape[axis] for axis in _TO_LAST[n]], dtype=dtype).permute(_TO_FIRST[n])

@@ -28,11 +28,15 @@ from ._operators import (
     Tensors,
     checked_tensor,
     data_format_of,
+    described,
     empty_image,
     flat_padding,
     from_image,
     in_pairs,
+    is_autocast,
+    lies_last,
     on_batches,
+    plus,
     to_array,
     to_image,
     to_tensor,
@@ -47,6 +51,11 @@ _ACTIVATION_GRADS: dict[str, Callable[..., torch.Tensor]] = {
 }
 _NEEDS = {flags: tuple(n for n, f in zip(NEEDS, flags) if f) for flags in product((False, True), repeat=3)}
 INTEGERS = (torch.int8, torch.uint8)
+
+
+def computes_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return True where PyTorch's result is channels-last: where the weight is, or a batch of images."""
+    return (3 < x.ndim == weight.ndim and lies_last(x)) or lies_last(weight)
 
 
 class _Kind:
@@ -147,7 +156,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
 
     def compute(x: Any, weight: Any, bias: Any, how: How) -> torch.Tensor:
         dims, arguments, activation, algorithm, precision = how
-        x, last = to_image(x)
+        x, last = to_image(x, computes_last(x, weight))
         y = kind.call(
             "", dims, (x, to_array(weight), to_array(bias)), arguments, data_format=data_format_of(last),
             activation=activation, algorithm=algorithm, precision=precision,
@@ -156,7 +165,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
 
     def shapes(x: Any, weight: Any, bias: Any, how: How) -> torch.Tensor:
         dtype = torch.int32 if x.dtype in INTEGERS else x.dtype
-        return empty_image(x, kind.output_shape(x, weight, how[1]), dtype)
+        return empty_image(x, kind.output_shape(x, weight, how[1]), dtype, computes_last(x, weight))
 
     def flatten(tensors: Tensors, how: How) -> How:
         return (*kind.flatten(tensors[0], tensors[1], how[1]), *how[2:])
@@ -178,11 +187,23 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         found = gradient(grad, x, weight, (needs, dims, arguments, algorithm, precision))
         return tuple(g if need else None for g, need in zip(found, needs))
 
+    def tangent(tensors: How, how: How, results: Tensors, tangents: How) -> Any:
+        x, weight, _ = tensors
+        tx, tw, tb = tangents
+        dims, arguments, activation, *strategy = how
+        plain = (dims, arguments, None, *strategy)
+        found = plus(
+            None if tx is None else forward(tx, weight, None, plain),
+            None if tw is None else forward(x, tw, None, plain),
+            None if tb is None else tb.reshape(-1, *(1,) * dims).expand_as(results[0]),
+        )
+        return found if activation is None or found is None else _ACTIVATION_GRADS[activation](found, *results)
+
     # how = (needs, dims, arguments, algorithm, precision)
 
     def compute_gradient(grad: Any, x: Any, weight: Any, how: How) -> Tensors:
         needs, dims, arguments, algorithm, precision = how
-        x_, last = to_image(x)
+        x_, last = to_image(x, computes_last(x, weight))
         grad, _ = to_image(grad, last)
         found = kind.call(
             "_backward", dims, (grad, x_, to_array(weight)), arguments, needs=_NEEDS[needs],
@@ -198,7 +219,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
     def shapes_gradient(grad: Any, x: Any, weight: Any, how: How) -> Tensors:
         dx, dw, db = how[0]
         return (
-            empty_image(x, x.shape) if dx else x.new_empty(0),
+            empty_image(x, x.shape, last=computes_last(x, weight)) if dx else x.new_empty(0),
             x.new_empty(weight.shape) if dw else x.new_empty(0),
             x.new_empty(grad.shape[1]) if db else x.new_empty(0),
         )
@@ -220,28 +241,42 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         needs, dims, arguments, *how = ctx.how
         hx, hw, hb = (h if need else None for h, need in zip((hx, hw, hb), needs))
         to_grad, to_x, to_weight = ctx.needs_input_grad[:3]
-        parts = []
+        dgrad = dx = dw = None
         if to_grad:
-            plain = (dims, arguments, None, *how)
-            parts += [] if hx is None else [forward(hx, weight, None, plain)]
-            parts += [] if hw is None else [forward(x, hw, None, plain)]
-            parts += [] if hb is None else [hb.reshape(-1, *(1,) * dims).expand_as(grad)]
-        dx = dw = None
+            dgrad = tangent((x, weight, None), (dims, arguments, None, *how), (grad,), (hx, hw, hb))
         if to_x and hw is not None:
             dx = gradient(grad, x, hw, ((True, False, False), dims, arguments, *how))[0]
         if to_weight and hx is not None:
             dw = gradient(grad, hx, weight, ((False, True, False), dims, arguments, *how))[1]
-        return sum(parts[1:], parts[0]) if parts else None, dx, dw
+        return dgrad, dx, dw
+
+    def tangents_of_gradient(tensors: Tensors, how: How, results: Tensors, tangents: How) -> How:
+        grad, x, weight = tensors
+        tg, tx, tw = tangents
+        (dx, dw, db), *rest = how
+
+        def part(*given: Any, needs: Sequence[bool]) -> Any:
+            # Of no tangent there is none.
+            wanted = any(needs) and all(t is not None for t in given)
+            return gradient(*given, (tuple(needs), *rest)) if wanted else (None, None, None)
+
+        both = part(tg, x, weight, needs=how[0])
+        by_weight, by_x = part(grad, x, tw, needs=(dx, False, False)), part(grad, tx, weight, needs=(False, dw, False))
+        return (
+            plus(both[0], by_weight[0]) if dx else None,
+            plus(both[1], by_x[1]) if dw else None,
+            both[2] if db else None,
+        )
 
     forward = Operation(
         f"{name}(Tensor x, Tensor weight, Tensor? bias, {kind.schema}, str? activation, {strategy}) -> Tensor",
-        3, compute, shapes, flatten, gather, setup, backward, lambda how: (0,),
+        3, compute, shapes, flatten, gather, setup, backward, lambda how: (0,), tangent,
     )  # fmt: skip
     gradient = Operation(
         f"{name}_backward(Tensor grad_output, Tensor x, Tensor weight, bool[] needs, {kind.schema}, {strategy})"
         " -> (Tensor, Tensor, Tensor)",
         3, compute_gradient, shapes_gradient, flatten_gradient, gather_gradient, setup_gradient, backward_gradient,
-        lambda how: () if how[0][1] or how[0][2] else (0, 1),
+        lambda how: () if how[0][1] or how[0][2] else (0, 1), tangents_of_gradient,
     )  # fmt: skip
     return forward, gradient
 
@@ -274,7 +309,7 @@ def convNd(
     Parameters
     ----------
     x : Tensor (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
-        In any memory format, which the result has too.
+        In any memory format; the result's is PyTorch's.
     weight, bias, stride, padding, dilation, groups, padding_mode, activation, algorithm, precision
         As :func:`fastconv.convNd` takes them. The gradients are computed in the same precision.
 
@@ -344,7 +379,7 @@ def in_autocast(x: Any, weight: Any, bias: Any) -> How:
     """Return the tensors in autocast's type where that is on, as PyTorch does for its own convolutions."""
     device = "cpu" if checked_tensor(x).is_cpu else x.device.type
     known = device == "cpu" or torch.amp.is_autocast_available(device)
-    if not known or not torch.is_autocast_enabled(device):
+    if not known or not is_autocast(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
@@ -354,5 +389,5 @@ def in_autocast(x: Any, weight: Any, bias: Any) -> How:
     return tuple(map(cast, (x, weight, bias)))
 
 
-conv1d, conv2d, conv3d = entries(convNd, "fastconv.torch")
-conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd, "fastconv.torch")
+conv1d, conv2d, conv3d = entries(convNd, "fastconv.torch", described)
+conv_transpose1d, conv_transpose2d, conv_transpose3d = entries(conv_transposeNd, "fastconv.torch", described)

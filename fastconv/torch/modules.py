@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.proxy import Proxy, TraceError
 
 from .. import arrays, registry, selection
-from ..errors import FastconvError
+from ..errors import ArgumentTypeError, FastconvError, UnsupportedError
 from ..geometry import DIRECTIONS, ConvGeometry
 from . import convolution, pooling
 from ._operators import to_array
@@ -45,14 +46,16 @@ class _Weighted(nn.Module):
 
 
 def _conv_forward(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return convolution.convNd(
-        weight.ndim - 2, x, weight, bias, self.stride, self.padding, self.dilation, self.groups,
-        padding_mode=self.padding_mode, algorithm=self.algorithm, precision=self.precision,
-    )  # fmt: skip
+    try:
+        return convolution.convNd(
+            len(self.kernel_size), x, weight, bias, self.stride, self.padding, self.dilation, self.groups,
+            padding_mode=self.padding_mode, algorithm=self.algorithm, precision=self.precision,
+        )  # fmt: skip
+    except ArgumentTypeError:
+        return _leaf(self, (x,), {})
 
 
-def _transposed_forward(self: Any, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-    dims = self.weight.ndim - 2
+def _conv_transpose(dims: int, self: Any, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
     extra = self._output_padding(
         input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
     )  # fmt: skip
@@ -95,29 +98,50 @@ _POOLS = {
 }
 
 
-def _class(name: str, mixins: tuple[type, ...], methods: dict[str, Any]) -> type:
+def _class(name: str, method: str, function: Any, mixins: tuple[type, ...] = ()) -> type:
     about = f"`torch.nn.{name}`, computed by fastconv"
     more = "; `algorithm` and `precision` as :func:`fastconv.conv2d` takes them." if mixins else "."
-    return type(name, (*mixins, getattr(nn, name)), {**methods, "__doc__": about + more, "__module__": __name__})
+    methods = {"__doc__": about + more, "__module__": __name__, "__prepare_scriptable__": _refuse_script}
+    return type(name, (*mixins, getattr(nn, name)), {method: function, **methods})
 
 
 def _classes() -> dict[str, type]:
     found = {}
     for dims in _DIMS:
-        found[f"Conv{dims}d"] = _class(f"Conv{dims}d", (_Weighted,), {"_conv_forward": _conv_forward})
+        name = f"Conv{dims}d"
+        found[name] = _class(name, "_conv_forward", _conv_forward, (_Weighted,))
         name = f"ConvTranspose{dims}d"
-        found[name] = _class(name, (_Weighted,), {"forward": _transposed_forward})
+        found[name] = _class(name, "forward", _forward(_conv_transpose, dims), (_Weighted,))
         for family, function in _POOLS.items():
             name = f"{family}{dims}d"
-            found[name] = _class(name, (), {"forward": _with_dims(function, dims)})
+            found[name] = _class(name, "forward", _forward(function, dims))
     return found
 
 
-def _with_dims(function: Any, dims: int) -> Any:
+def _forward(function: Any, dims: int) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(dims, self, *args, **kwargs)
+        try:
+            return function(dims, self, *args, **kwargs)
+        except (ArgumentTypeError, TraceError):
+            return _leaf(self, args, kwargs)
 
     return forward
+
+
+def _leaf(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Give `torch.fx` the module as a whole, as it has PyTorch's own; of other arguments, raise the error again."""
+    proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)]
+    if not proxies:
+        raise
+    tracer: Any = proxies[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    raise UnsupportedError(
+        f"TorchScript cannot compile {type(self).__name__} of fastconv.torch: use torch.jit.trace, torch.compile or "
+        f"torch.export, or revert the model first"
+    )
 
 
 CLASSES = _classes()
@@ -130,7 +154,7 @@ _KINDS = ("Conv", "Pool", "Unpool")
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did.
+    """What :func:`convert` or :func:`revert` did.
 
     Attributes
     ----------
@@ -143,7 +167,9 @@ class Conversion:
     left: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"convert changes the model in place and returns what it did, which has no {name!r}")
+        raise AttributeError(
+            f"convert and revert change the model in place and return what they did, which has no {name!r}"
+        )
 
     def __str__(self) -> str:
         lines = [f"{name}: {kind}, swapped" for name, kind in self.swapped]
@@ -174,7 +200,8 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
     >>> print(fastconv.torch.convert(model))
     0: Conv2d, swapped
     2: FractionalMaxPool2d, left: fastconv has none
-    >>> fastconv.torch.revert(model)
+    >>> print(fastconv.torch.revert(model))
+    0: Conv2d, swapped
     >>> type(model[0]).__module__
     'torch.nn.modules.conv'
     """
@@ -227,10 +254,23 @@ def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
     return ""
 
 
-def revert(model: nn.Module) -> None:
-    """Undo :func:`convert`, in place."""
-    for module in model.modules():
-        if type(module) in _BACK:
-            module.__class__ = _BACK[type(module)]
-            for name in _DEFAULTS:
-                module.__dict__.pop(name, None)
+def revert(model: nn.Module) -> Conversion:
+    """Undo :func:`convert`, in place.
+
+    Returns
+    -------
+    Conversion
+        What was swapped back, and what is fastconv's still, with the reason.
+    """
+    done = Conversion()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind in _BACK:
+            module.__class__ = _BACK[kind]
+            for option in _DEFAULTS:
+                module.__dict__.pop(option, None)
+            done.swapped.append((name, kind.__name__))
+        elif any(base in _BACK for base in kind.__mro__):
+            advice = ": remove its parametrizations first" if nn.utils.parametrize.is_parametrized(module) else ""
+            done.left.append((name, kind.__name__, "its class is made of fastconv's" + advice))
+    return done

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentTypeError
 from ..geometry import sizes
 from ..ops import patches as ops
-from ._operators import How, Operation, Tensors, checked_tensor, flat_padding, in_pairs, to_array, to_tensor
+from ._operators import How, Operation, Tensors, checked_tensor, described, flat_padding, in_pairs, to_array, to_tensor
 
 # how = (kernel_size, dilation, padding, stride), for fold after the output's size
 _WINDOWS = "int[] kernel_size, int[] dilation, int[] padding, int[] stride"
@@ -101,9 +102,11 @@ def unfold(x: torch.Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 
     """
     how = (kernel_size, dilation, padding, stride)
     dims = len(kernel_size) if isinstance(kernel_size, (tuple, list)) else 2
-    if checked_tensor(x).ndim == dims + 1:
-        return UNFOLD(x.unsqueeze(0), how).squeeze(0)
-    return UNFOLD(x, how)
+    try:
+        alone = checked_tensor(x).ndim == dims + 1
+    except ArgumentTypeError:
+        return described(unfold, (x, *how), {})
+    return UNFOLD(x.unsqueeze(0), how).squeeze(0) if alone else UNFOLD(x, how)
 
 
 def fold(
@@ -128,6 +131,8 @@ def fold(
     tensor(16.)
     """
     how = (output_size, kernel_size, dilation, padding, stride)
-    if checked_tensor(cols).ndim == 2:
-        return FOLD(cols.unsqueeze(0), how).squeeze(0)
-    return FOLD(cols, how)
+    try:
+        alone = checked_tensor(cols).ndim == 2
+    except ArgumentTypeError:
+        return described(fold, (cols, *how), {})
+    return FOLD(cols.unsqueeze(0), how).squeeze(0) if alone else FOLD(cols, how)

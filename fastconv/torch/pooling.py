@@ -6,12 +6,13 @@ was. So an average keeps nothing of its input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from ..geometry import sizes, unpool_output_size
+from ..geometry import check_pool_padding, padding_form, sizes, unpool_output_size
 from ..ops import pooling as ops
 from ..ops._entries import entries
 from ._operators import (
@@ -20,14 +21,20 @@ from ._operators import (
     Tensors,
     checked_tensor,
     data_format_of,
+    described,
     empty_image,
     flat_padding,
     from_image,
     in_pairs,
+    is_autocast,
+    lies_last,
+    lying_first,
     on_batches,
+    plus,
     to_image,
 )
 
+_HALF = (torch.float16, torch.bfloat16)
 _FIRST = lambda how: (0,)  # noqa: E731
 _BOTH = lambda how: (0, 1)  # noqa: E731
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
@@ -42,6 +49,8 @@ def _flat_window(extents: Sequence[Any], window: How) -> How:
     kernel = sizes("kernel_size", kernel, dims, 1)
     stride = kernel if stride is None or stride in ((), []) else sizes("stride", stride, dims, 1)
     dilation = sizes("dilation", dilation, dims, 1)
+    # As pairs, to which it is brought here, it might be wider.
+    check_pool_padding(padding_form(padding, dims), kernel)
     return kernel, stride, flat_padding(padding, extents, kernel, stride, dilation), dilation, ceil_mode
 
 
@@ -74,7 +83,7 @@ def _by_name(window: How) -> dict[str, Any]:
 
 def _max(x: Any, how: How, return_indices: bool) -> Any:
     dims, window = how
-    x, last = to_image(x)
+    x, last = to_image(x, None if return_indices else _has_format(x))
     found = ops.max_poolNd(dims, x, **_by_name(window), return_indices=return_indices, data_format=data_format_of(last))
     return tuple(from_image(part, last) for part in found) if return_indices else from_image(found, last)
 
@@ -87,12 +96,17 @@ def _max_gather(tensors: Tensors, flat: How) -> How:
     return tensors[0].ndim - 2, _window(flat)
 
 
+def _has_format(x: torch.Tensor) -> bool:
+    """Return True for channels-last images: the maxima of signals, without indices, are contiguous in PyTorch."""
+    return x.ndim > 3 and lies_last(x)
+
+
 def _max_empty(x: Any, how: How) -> torch.Tensor:
-    return empty_image(x, _pooled_shape(x, how[1]))
+    return empty_image(x, _pooled_shape(x, how[1]), last=_has_format(x))
 
 
-def _indexed_empty(x: Any, y: torch.Tensor) -> Tensors:
-    return y, empty_image(x, y.shape, torch.int64)
+def _indexed_empty(x: Any, shape: Any) -> Tensors:
+    return empty_image(x, shape), empty_image(x, shape, torch.int64)
 
 
 def _set_up_input(ctx: Any, inputs: How, output: Any) -> None:
@@ -116,15 +130,31 @@ def _indices_backward(ctx: Any, saved: Any, grad: Any, _: Any) -> How:
     return (None if grad is None else SCATTER(grad, *saved, ctx.size),)
 
 
+def _picked(image: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the elements of an image that indices name, and 0 for -1: a window that lies wholly in padding."""
+    # (N, C, L)
+    flat, where = (t.reshape(*t.shape[:2], prod(t.shape[2:])) for t in (image, indices))
+    return flat.gather(2, where.clamp(min=0)).reshape(indices.shape).masked_fill(indices < 0, 0)
+
+
+def _max_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> torch.Tensor:
+    return _picked(tangents[0], MAX_POOL_WITH_INDICES(tensors[0], how)[1])
+
+
+def _indexed_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> Any:
+    return _picked(tangents[0], results[1]), None
+
+
 # The values alone: without indices to write it is faster, and a gradient would have to find them again.
 MAX_POOL: Operation = Operation(
     f"max_pool(Tensor x, {_WINDOW}) -> Tensor",
     1, lambda x, how: _max(x, how, False), _max_empty, _max_flatten, _max_gather, _set_up_input, _max_backward, _FIRST,
+    _max_tangent,
 )  # fmt: skip
 MAX_POOL_WITH_INDICES: Operation = Operation(
     f"max_pool_with_indices(Tensor x, {_WINDOW}) -> (Tensor, Tensor)",
-    1, lambda x, how: _max(x, how, True), lambda x, how: _indexed_empty(x, _max_empty(x, how)),
-    _max_flatten, _max_gather, _set_up_indices, _indices_backward, _FIRST,
+    1, lambda x, how: _max(x, how, True), lambda x, how: _indexed_empty(x, _pooled_shape(x, how[1])),
+    _max_flatten, _max_gather, _set_up_indices, _indices_backward, _FIRST, _indexed_tangent,
 )  # fmt: skip
 
 
@@ -147,8 +177,8 @@ def _one_list(tensors: Tensors, flat: How) -> How:
 
 ADAPTIVE_MAX_POOL: Operation = Operation(
     "adaptive_max_pool(Tensor x, SymInt[] output_size) -> (Tensor, Tensor)",
-    1, _adaptive_max, lambda x, how: _indexed_empty(x, empty_image(x, [*x.shape[:2], *how])),
-    _same_how, _one_list, _set_up_indices, _indices_backward, _FIRST,
+    1, _adaptive_max, lambda x, how: _indexed_empty(x, [*x.shape[:2], *how]),
+    _same_how, _one_list, _set_up_indices, _indices_backward, _FIRST, _indexed_tangent,
 )  # fmt: skip
 
 
@@ -167,10 +197,7 @@ def _set_up_places(ctx: Any, inputs: How, output: Any) -> None:
 
 
 def _scatter_backward(ctx: Any, saved: Any, grad: Any) -> How:
-    (indices,) = saved
-    # Where a window lies wholly in padding there is no index, but -1.
-    taken = grad.flatten(2).gather(2, indices.flatten(2).clamp(min=0)).view_as(indices)
-    return taken.masked_fill(indices < 0, 0), None
+    return _picked(grad, *saved), None
 
 
 SCATTER: Operation = Operation(
@@ -232,7 +259,8 @@ MAX_UNPOOL: Operation = Operation(
 )  # fmt: skip
 
 
-# --- averages: how = (dims, window, count_include_pad, divisor_override), for the gradient after the input's size --
+# --- averages: how = (dims, window, count_include_pad, divisor_override) ---------------------------------------
+# For the gradient after the input's size and whether it is channels-last, which the gradient is then, too.
 
 
 def _avg(x: Any, how: How) -> torch.Tensor:
@@ -254,7 +282,8 @@ def _avg_gather(tensors: Tensors, flat: How) -> How:
 
 
 def _set_up_size(ctx: Any, inputs: How, output: Any) -> None:
-    ctx.size, ctx.how = tuple(inputs[0].shape[2:]), inputs[-1]
+    x, ctx.how = inputs
+    ctx.image = tuple(x.shape[2:]), lies_last(x)
 
 
 def _set_up_how(ctx: Any, inputs: How, output: Any) -> None:
@@ -262,8 +291,8 @@ def _set_up_how(ctx: Any, inputs: How, output: Any) -> None:
 
 
 def _avg_gradient(grad: Any, how: How) -> torch.Tensor:
-    size, dims, window, counted, divisor = how
-    grad, last = to_image(grad)
+    size, last, dims, window, counted, divisor = how
+    grad, _ = to_image(grad, last)
     shape = (grad.shape[0], *size, grad.shape[-1]) if last else (*grad.shape[:2], *size)
     dx = ops.avg_poolNd_backward(
         dims, grad, shape, **_by_name(window), count_include_pad=counted, divisor_override=divisor,
@@ -273,29 +302,33 @@ def _avg_gradient(grad: Any, how: How) -> torch.Tensor:
 
 
 def _avg_gradient_flatten(tensors: Tensors, how: How) -> How:
-    size, _, window, *rest = how
-    return (list(size), *_flat_window(size, window), *rest)
+    size, last, _, window, *rest = how
+    return (list(size), last, *_flat_window(size, window), *rest)
 
 
 def _avg_gradient_gather(tensors: Tensors, flat: How) -> How:
-    return tuple(flat[0]), *_avg_gather(tensors, flat[1:])
+    return tuple(flat[0]), flat[1], *_avg_gather(tensors, flat[2:])
 
 
+def _empty_gradient(grad: Any, how: How) -> torch.Tensor:
+    return empty_image(grad, [*grad.shape[:2], *how[0]], last=how[1])
+
+
+_IMAGE = "SymInt[] input_size, bool channels_last"
 _AVERAGE = f"{_WINDOW}, bool count_include_pad, int? divisor_override"
 AVG_POOL: Operation = Operation(
     f"avg_pool(Tensor x, {_AVERAGE}) -> Tensor",
     1, _avg, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _avg_flatten, _avg_gather,
-    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (ctx.size, *ctx.how)),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (*ctx.image, *ctx.how)),), _FIRST,
 )  # fmt: skip
 AVG_POOL_BACKWARD: Operation = Operation(
-    f"avg_pool_backward(Tensor grad_output, SymInt[] input_size, {_AVERAGE}) -> Tensor",
-    1, _avg_gradient, lambda grad, how: empty_image(grad, [*grad.shape[:2], *how[0]]),
-    _avg_gradient_flatten, _avg_gradient_gather,
-    _set_up_how, lambda ctx, saved, grad: (AVG_POOL(grad, ctx.how[1:]),), _FIRST,
+    f"avg_pool_backward(Tensor grad_output, {_IMAGE}, {_AVERAGE}) -> Tensor",
+    1, _avg_gradient, _empty_gradient, _avg_gradient_flatten, _avg_gradient_gather,
+    _set_up_how, lambda ctx, saved, grad: (AVG_POOL(grad, ctx.how[2:]),), _FIRST,
 )  # fmt: skip
 
 
-# --- adaptive averages: how = output_size, and input_size for the gradient -------------------------------------
+# --- adaptive averages: how = output_size; for the gradient (input_size, channels_last) ------------------------
 
 
 def _adaptive_avg(x: Any, how: How) -> torch.Tensor:
@@ -304,9 +337,17 @@ def _adaptive_avg(x: Any, how: How) -> torch.Tensor:
 
 
 def _adaptive_avg_gradient(grad: Any, how: How) -> torch.Tensor:
-    grad, last = to_image(grad)
-    shape = (grad.shape[0], *how, grad.shape[-1]) if last else (*grad.shape[:2], *how)
-    return from_image(ops.adaptive_avg_poolNd_backward(len(how), grad, shape, data_format=data_format_of(last)), last)
+    size, last = how
+    grad, _ = to_image(grad, last)
+    shape = (grad.shape[0], *size, grad.shape[-1]) if last else (*grad.shape[:2], *size)
+    dx = ops.adaptive_avg_poolNd_backward(len(size), grad, shape, data_format=data_format_of(last))
+    return from_image(dx, last)
+
+
+def _set_up_adaptive(ctx: Any, inputs: How, output: Any) -> None:
+    x, how = inputs
+    # One average of all is `mean` to PyTorch, whose gradient is contiguous.
+    ctx.image = tuple(x.shape[2:]), any(n != 1 for n in how) and lies_last(x)
 
 
 def _empty_sized(x: Any, how: How) -> torch.Tensor:
@@ -316,12 +357,13 @@ def _empty_sized(x: Any, how: How) -> torch.Tensor:
 ADAPTIVE_AVG_POOL: Operation = Operation(
     "adaptive_avg_pool(Tensor x, SymInt[] output_size) -> Tensor",
     1, _adaptive_avg, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.size),), _FIRST,
+    _set_up_adaptive, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.image),), _FIRST,
 )  # fmt: skip
 ADAPTIVE_AVG_POOL_BACKWARD: Operation = Operation(
-    "adaptive_avg_pool_backward(Tensor grad_output, SymInt[] input_size) -> Tensor",
-    1, _adaptive_avg_gradient, _empty_sized, _same_how, _one_list,
-    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.size),), _FIRST,
+    f"adaptive_avg_pool_backward(Tensor grad_output, {_IMAGE}) -> Tensor",
+    1, _adaptive_avg_gradient, _empty_gradient,
+    lambda tensors, how: (list(how[0]), how[1]), lambda tensors, flat: (tuple(flat[0]), flat[1]),
+    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.image[0]),), _FIRST,
 )  # fmt: skip
 
 
@@ -352,18 +394,112 @@ def _lp_gather(tensors: Tensors, flat: How) -> How:
     return tensors[-1].ndim - 2, _window(flat[:5]), flat[5]
 
 
+def _set_up_both(ctx: Any, inputs: How, output: Any) -> None:
+    *tensors, ctx.how = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _power(t: torch.Tensor, p: float) -> torch.Tensor:
+    """Return |t|**p, and 0 where t is 0: derivatives are taken as 0 there."""
+    if p == 0:
+        return torch.ones_like(t)
+    exists = t != 0
+    return torch.where(exists, torch.where(exists, t, 1).abs() ** p, 0)
+
+
+class _Norm:
+    """What derivatives of n = lp_pool(x) are made of.
+
+    dn = share * gathered(slope * dx), and back, dx = slope * spread(share * grad).
+    """
+
+    def __init__(self, x: torch.Tensor, how: How) -> None:
+        self.x, self.how = x, how
+        self.dims, window, self.p = how
+        # An average without its division.
+        self.taps, self.average = prod(sizes("kernel_size", window[0], self.dims, 1)), (self.dims, window, True, None)
+        self.n = LP_POOL(x, how)
+        self.share, self.slope = _power(self.n, 1 - self.p), x.sign() * _power(x, self.p - 1)
+
+    def gathered(self, t: torch.Tensor) -> torch.Tensor:
+        return self.taps * AVG_POOL(t, self.average)
+
+    def spread(self, t: torch.Tensor) -> torch.Tensor:
+        return self.taps * AVG_POOL_BACKWARD(t, (tuple(self.x.shape[2:]), lies_last(self.x), *self.average))
+
+    def curved(self, t: torch.Tensor) -> torch.Tensor:
+        """Return t times the slope's derivative."""
+        return (self.p - 1) * _power(self.x, self.p - 2) * t
+
+    def bent(self, t: torch.Tensor) -> torch.Tensor:
+        """Return t times the share's derivative by n."""
+        return (1 - self.p) * _power(self.n, -self.p) * t
+
+
+def _wide(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(t.float() if t is not None and t.dtype in _HALF else t for t in tensors)
+
+
+def _lp_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> torch.Tensor:
+    (x,) = _wide(*tensors)
+    norm = _Norm(x, how)
+    return (norm.share * norm.gathered(norm.slope * tangents[0])).to(tensors[0].dtype)
+
+
+def _lp_second(ctx: Any, saved: Any, h: Any) -> How:
+    grad, x, h = _wide(*saved, h)
+    norm = _Norm(x, ctx.how)
+    pulled = norm.gathered(norm.slope * h)
+    dx = norm.curved(h) * norm.spread(norm.share * grad) + LP_POOL_BACKWARD(norm.bent(grad * pulled), x, ctx.how)
+    return norm.share * pulled, dx
+
+
+def _lp_gradient_tangent(tensors: Tensors, how: How, results: Tensors, tangents: Tensors) -> Any:
+    grad, x, tg, tx = _wide(*tensors, *tangents)
+    found = None if tg is None else LP_POOL_BACKWARD(tg, x, how)
+    if tx is not None:
+        norm = _Norm(x, how)
+        bent = norm.bent(grad * norm.share * norm.gathered(norm.slope * tx))
+        found = plus(found, norm.curved(tx) * norm.spread(norm.share * grad), norm.slope * norm.spread(bent))
+    return None if found is None else found.to(tensors[0].dtype)
+
+
 LP_POOL: Operation = Operation(
     f"lp_pool(Tensor x, {_WINDOW}, float norm_type) -> Tensor",
     1, _lp, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _lp_flatten, _lp_gather,
-    _set_up_input, lambda ctx, saved, grad: (LP_POOL_BACKWARD(grad, *saved, ctx.how),), _FIRST,
+    _set_up_input, lambda ctx, saved, grad: (LP_POOL_BACKWARD(grad, *saved, ctx.how),), _FIRST, _lp_tangent,
 )  # fmt: skip
 LP_POOL_BACKWARD: Operation = Operation(
     f"lp_pool_backward(Tensor grad_output, Tensor x, {_WINDOW}, float norm_type) -> Tensor",
-    2, _lp_gradient, lambda grad, x, how: empty_image(x, x.shape), _lp_flatten, _lp_gather, folds=_BOTH,
+    2, _lp_gradient, lambda grad, x, how: empty_image(x, x.shape), _lp_flatten, _lp_gather,
+    _set_up_both, _lp_second, _BOTH, _lp_gradient_tangent,
 )  # fmt: skip
 
 
 # --- functions -------------------------------------------------------------------------------------------------
+
+
+def _pooled(
+    operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], how: How, keeps: bool = False
+) -> Any:
+    """Pool in the type and the memory format that PyTorch does.
+
+    Of three dimensions, and to unpool, its autocast takes float32, and results are contiguous: save for those that
+    keep the input's format, as unpooled images do.
+    """
+    unpools = operation is MAX_UNPOOL
+    if dims == 3 or unpools:
+        x, *others = images
+        # Unpooling is no operator that `vmap` takes apart.
+        images = (_in_autocast(x, torch.is_autocast_enabled if unpools else is_autocast), *others)
+        if data_format == "channels_first" and not (keeps or (unpools and dims == 2)):
+            images = tuple(map(lying_first, images))
+    return on_batches(operation, dims, data_format, images, how)
+
+
+def _in_autocast(x: torch.Tensor, is_on: Callable[[str], bool] = is_autocast) -> torch.Tensor:
+    """Return an image in the type of pools that the CPU's autocast computes in float32, and no other does."""
+    return x.float() if x.dtype in _HALF and x.is_cpu and is_on("cpu") else x
 
 
 def max_poolNd(
@@ -383,7 +519,7 @@ def max_poolNd(
     Parameters
     ----------
     x : Tensor (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
-        In any memory format, which the result has too.
+        In any memory format; the result's is PyTorch's.
     kernel_size, stride, padding, dilation, ceil_mode, return_indices
         As :func:`fastconv.max_poolNd` takes them.
 
@@ -400,6 +536,8 @@ def max_poolNd(
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode))
     if return_indices:
         return on_batches(MAX_POOL_WITH_INDICES, dims, data_format, (checked_tensor(x),), how)
+    if dims == 3:
+        x = _in_autocast(checked_tensor(x))
     if _wants_gradient(x):
         return on_batches(MAX_POOL_WITH_INDICES, dims, data_format, (x,), how)[0]
     return on_batches(MAX_POOL, dims, data_format, (x,), how)
@@ -434,7 +572,7 @@ def adaptive_max_poolNd(
     tensor([[3., 5.]])
     """
     how = _adaptive_size(dims, x, output_size, data_format)
-    found = on_batches(ADAPTIVE_MAX_POOL, dims, data_format, (x,), how)
+    found = _pooled(ADAPTIVE_MAX_POOL, dims, data_format, (x,), how)
     return found if return_indices else found[0]
 
 
@@ -480,7 +618,7 @@ def max_unpoolNd(
         if len(output_size) == dims + 2:
             output_size = output_size[2:] if data_format == "channels_first" else output_size[1:-1]
     how = (dims, kernel_size, stride, padding, output_size)
-    return on_batches(MAX_UNPOOL, dims, data_format, (checked_tensor(x), checked_tensor(indices)), how)
+    return _pooled(MAX_UNPOOL, dims, data_format, (checked_tensor(x), checked_tensor(indices)), how)
 
 
 def avg_poolNd(
@@ -515,7 +653,7 @@ def avg_poolNd(
     tensor([[2.0000, 3.5000]])
     """
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode), count_include_pad, divisor_override)
-    return on_batches(AVG_POOL, dims, data_format, (checked_tensor(x),), how)
+    return _pooled(AVG_POOL, dims, data_format, (checked_tensor(x),), how)
 
 
 def adaptive_avg_poolNd(
@@ -540,7 +678,7 @@ def adaptive_avg_poolNd(
     tensor([[2.0000, 2.5000]])
     """
     how = _adaptive_size(dims, x, output_size, data_format)
-    return on_batches(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how)
+    return _pooled(ADAPTIVE_AVG_POOL, dims, data_format, (x,), how, keeps=how == (1, 1, 1))
 
 
 def lp_poolNd(
@@ -555,7 +693,7 @@ def lp_poolNd(
     dilation: Any = 1,
     data_format: str = "channels_first",
 ) -> torch.Tensor:
-    """Return the p-norm of each window: :func:`fastconv.lp_poolNd` with its gradient, once.
+    """Return the p-norm of each window: :func:`fastconv.lp_poolNd` with gradients.
 
     Parameters
     ----------
@@ -574,13 +712,13 @@ def lp_poolNd(
     tensor([[5., 2.]])
     """
     how = (dims, (kernel_size, stride, padding, dilation, ceil_mode), norm_type)
-    return on_batches(LP_POOL, dims, data_format, (checked_tensor(x),), how)
+    return _pooled(LP_POOL, dims, data_format, (checked_tensor(x),), how)
 
 
 _HOME = "fastconv.torch"
-max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, _HOME)
-max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, _HOME)
-avg_pool1d, avg_pool2d, avg_pool3d = entries(avg_poolNd, _HOME)
-lp_pool1d, lp_pool2d, lp_pool3d = entries(lp_poolNd, _HOME)
-adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = entries(adaptive_avg_poolNd, _HOME)
-adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = entries(adaptive_max_poolNd, _HOME)
+max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, _HOME, described)
+max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, _HOME, described)
+avg_pool1d, avg_pool2d, avg_pool3d = entries(avg_poolNd, _HOME, described)
+lp_pool1d, lp_pool2d, lp_pool3d = entries(lp_poolNd, _HOME, described)
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = entries(adaptive_avg_poolNd, _HOME, described)
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = entries(adaptive_max_poolNd, _HOME, described)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
 from ..geometry import ConvGeometry
 from . import convolution, pooling
-from ._operators import checked_tensor, data_format_of, in_forward_mode, lies_last, to_array
+from ._operators import checked_tensor, data_format_of, to_array
 
 
 class enabled(TorchFunctionMode):
@@ -24,6 +24,9 @@ class enabled(TorchFunctionMode):
     PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python:
     not TorchScript, nor what `torch.utils.checkpoint` computes again, in the backward pass. There, and to compile a
     model, :func:`convert` it. A backward pass may come after the block.
+
+    Blocks may be nested: the innermost is the first to try, and what it leaves goes to the next one. A block counts
+    what was computed inside it, by blocks within too once they end, and what it left itself.
 
     Parameters
     ----------
@@ -54,6 +57,19 @@ class enabled(TorchFunctionMode):
         self.algorithm, self.precision = algorithm, precision
         self.routed: Counter[str] = Counter()
         self.left: Counter[tuple[str, str]] = Counter()
+        # The blocks around this one, and what it had computed when it was entered.
+        self._outer: list[tuple[enabled | None, Counter[str]]] = []
+
+    def __enter__(self) -> enabled:
+        blocks = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, enabled)]
+        self._outer.append((blocks[-1] if blocks else None, Counter(self.routed)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        outer, before = self._outer.pop()
+        if outer is not None and outer is not self:
+            outer.routed += self.routed - before
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,9 +78,6 @@ class enabled(TorchFunctionMode):
             return function(*args, **kwargs)
         name, route = found
         try:
-            if in_forward_mode():
-                raise UnsupportedError("fastconv.torch has no forward-mode derivatives")
-            _check_autocast(name)
             result = route(self, *args, **kwargs)
         except FastconvError as error:
             # A wrong argument too: PyTorch says so in its own words.
@@ -96,6 +109,7 @@ def _conv(dims: int) -> Callable[..., Any]:
             shapes = tuple(input.shape), tuple(weight.shape)
             return ConvGeometry.create(*shapes, stride, padding, dilation, groups, dtype=dtype)
 
+        _check_padding(padding, stride)
         if checked_tensor(input).dtype in convolution.INTEGERS:
             raise UnsupportedError(f"fastconv sums {input.dtype} in int32, and PyTorch does not")
         _check_gradients(mode, input, weight, geometry, ("input_grad", "weight_grad"))
@@ -112,6 +126,7 @@ def _conv_transpose(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         how = (stride, padding, output_padding, groups, dilation)
 
         def geometry(dtype: Any) -> ConvGeometry:
@@ -130,9 +145,27 @@ def _convolution(
     output_padding: Any, groups: int,
 ) -> Any:  # fmt: skip
     dims = weight.ndim - 2
-    if transposed:
-        return _conv_transpose(dims)(mode, input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv(dims)(mode, input, weight, bias, stride, padding, dilation, groups)
+    if input.ndim != weight.ndim:
+        raise UnsupportedError("PyTorch takes no image without a batch here")
+    # Which PyTorch's autocast does not know.
+    with torch.autocast(input.device.type, enabled=False):
+        if transposed:
+            return _conv_transpose(dims)(mode, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _conv(dims)(mode, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _check_padding(padding: Any, stride: Any = None) -> None:
+    """Refuse padding that PyTorch has not; words are there for convolutions, which give their stride."""
+    kind = type(padding)
+    if kind is int or (kind is tuple and padding and type(padding[0]) is int):
+        return
+    if isinstance(padding, str):
+        strides = stride if isinstance(stride, (tuple, list)) else (stride,)
+        known = stride is not None and (padding == "valid" or (padding == "same" and all(s == 1 for s in strides)))
+    else:
+        known = not any(isinstance(p, (tuple, list)) for p in padding)
+    if not known:
+        raise UnsupportedError(f"PyTorch takes no padding={padding!r} here")
 
 
 def _check_gradients(
@@ -144,14 +177,8 @@ def _check_gradients(
     for tensor, direction in zip((x, weight), directions):
         if tensor.requires_grad:
             g = geometry(to_array(x.detach()[:0]).dtype)
-            stored = data_format_of(x.ndim == weight.ndim and lies_last(x))
+            stored = data_format_of(convolution.computes_last(x, weight))
             selection.choose(g, direction, stored, "cpu", mode.algorithm, mode.precision)
-
-
-def _check_autocast(name: str) -> None:
-    """Refuse the pools that PyTorch's autocast computes in float32."""
-    if torch.is_autocast_enabled("cpu") and "pool" in name and ("3d" in name or "unpool" in name):
-        raise UnsupportedError("PyTorch's autocast computes it in float32")
 
 
 def _max_pool(dims: int) -> Callable[..., Any]:
@@ -159,6 +186,7 @@ def _max_pool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.max_poolNd(dims, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
     return route
@@ -176,6 +204,7 @@ def _avg_pool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
         count_include_pad: bool = True, divisor_override: Any = None,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.avg_poolNd(
             dims, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
@@ -199,6 +228,7 @@ def _max_unpool(dims: int) -> Callable[..., Any]:
         mode: enabled, input: Any, indices: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
         output_size: Any = None,
     ) -> Any:  # fmt: skip
+        _check_padding(padding)
         return pooling.max_unpoolNd(dims, input, indices, kernel_size, stride, padding, output_size)
 
     return route
