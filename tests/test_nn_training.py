@@ -230,6 +230,30 @@ def test_wrong_arguments_are_named(how, message):
         quick(**how)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"loss": "mse"}, r"loss must be a loss such as nn\.CrossEntropyLoss\(\), not 'mse'"),
+        ({"loss": nn.MSELoss}, "loss must be a loss such as"),
+        ({"validation_data": points()[0]}, r"validation_data must be \(x, y\), not ndarray"),
+    ],
+)
+def test_what_is_no_loss_or_no_pair_is_refused(how, message):
+    with pytest.raises(fastconv.ArgumentTypeError, match=message):
+        quick(**how)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(fastconv.ArgumentError, match="optimizer has none of the model's parameters"):
+        nn.Trainer(linear(), nn.SGD(linear().parameters(), lr=0.1))
+
+
+def test_one_callback_needs_no_list():
+    recorder = Recorder()
+    quick(callbacks=recorder)
+    assert recorder.calls[0] == "train begin"
+
+
 def test_a_trainer_needs_a_model_and_an_optimizer():
     with pytest.raises(fastconv.ArgumentTypeError, match="model must be a Module, not 3"):
         nn.Trainer(3, nn.SGD(linear().parameters()))

@@ -51,6 +51,12 @@ def indices(*shape: int, value: int = 0, dtype: str = "int64") -> np.ndarray:
     return np.full(shape, value, dtype)
 
 
+def places(*lead: int, n: int, size: int = 2) -> np.ndarray:
+    """Indices of which no two in a plane are equal: of equal ones PyTorch takes whichever thread comes last."""
+    plane = np.arange(size**n).reshape((size,) * n)
+    return np.broadcast_to(plane, (*lead, *plane.shape)).copy()
+
+
 def read_only(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
@@ -93,7 +99,7 @@ BASES: dict[str, Callable[[int], Call]] = {
     },
     "max_unpool{n}d": lambda n: {
         "x": ramp(2, 3, *(2,) * n),
-        "indices": indices(2, 3, *(2,) * n),
+        "indices": places(2, 3, n=n),
         "kernel_size": 3,
     },
     "max_unpool{n}d_backward": lambda n: {
@@ -1240,7 +1246,7 @@ for lead in ((0, 3), (3,)):
         UNPOOL,
         f"lead-{lead}",
         x=lambda n, lead=lead: ramp(*lead, *(2,) * n),
-        indices=lambda n, lead=lead: indices(*lead, *(2,) * n),
+        indices=lambda n, lead=lead: places(*lead, n=n),
     )
     accept(
         UNPOOL_BACK,

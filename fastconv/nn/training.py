@@ -94,7 +94,11 @@ class Trainer:
         if not isinstance(optimizer, Optimizer):
             raise ArgumentTypeError(f"optimizer must be an optimiser of fastconv.nn, not {optimizer!r}")
         self.model, self.optimizer = model, optimizer
-        self.loss = CrossEntropyLoss() if loss is None else loss
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        of_model = [id(parameter) for parameter in model.parameters()]
+        if of_model and held.isdisjoint(of_model):
+            raise ArgumentError("optimizer has none of the model's parameters: make it from model.parameters()")
+        self.loss = _checked_loss(loss)
         self.metrics = named_metrics(metrics)
         self.penalties = [penalty] if isinstance(penalty, Penalty) else list(penalty)
         self.history = History()
@@ -124,7 +128,7 @@ class Trainer:
         validation_split: float = 0.0,
         shuffle: bool = True,
         seed: Any = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] = (),
         verbose: int = 1,
     ) -> History:
         """Train for some epochs; arguments as :func:`fit`. A second call goes on where the first ended."""
@@ -134,7 +138,8 @@ class Trainer:
         self.epochs = first + integer("epochs", epochs, 0)
         self.batches = math.ceil(len(x) / batch_size)
         self.stop_training = False
-        heard = [*callbacks, *([ProgressBar()] if verbose else [])]
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        heard = [*given, *([ProgressBar()] if verbose else [])]
         for callback in heard:
             callback.trainer = self
             callback.on_train_begin()
@@ -226,7 +231,7 @@ def fit(
         Whether each epoch has an order of its own.
     seed : int or numpy.random.Generator, optional
         Draws the orders; without it the generator of :func:`manual_seed`.
-    callbacks : sequence of Callback
+    callbacks : Callback or sequence of them
     verbose : int, default 1
         0 prints nothing, 1 a line per epoch and, on a terminal with tqdm installed, a bar.
 
@@ -246,7 +251,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and metrics of a model in evaluation mode, as {"loss": ..., "accuracy": ...}."""
     _check_samples(x, y)
-    criterion = CrossEntropyLoss() if loss is None else loss
+    criterion = _checked_loss(loss)
     measured, totals = named_metrics(metrics), _Means()
     with evaluating(model):
         for a, b in _batches(model, x, y, integer("batch_size", batch_size, 1), None):
@@ -312,11 +317,22 @@ def _split(
     if validation_data is not None:
         if validation_split:
             raise ArgumentError("validation_data and validation_split say the same thing; give one")
+        if not isinstance(validation_data, (tuple, list)) or len(validation_data) != 2:
+            raise ArgumentTypeError(f"validation_data must be (x, y), not {type(validation_data).__name__}")
         _check_samples(*validation_data)
     held = int(len(x) * validation_split)
     if held:
         return x[:-held], y[:-held], (x[-held:], y[-held:])
     return x, y, validation_data
+
+
+def _checked_loss(loss: Any) -> Loss:
+    """Return the loss, softmax cross-entropy if there is none, or raise if it cannot be one."""
+    if loss is None:
+        return CrossEntropyLoss()
+    if isinstance(loss, type) or not callable(loss) or not hasattr(loss, "backward"):
+        raise ArgumentTypeError(f"loss must be a loss such as nn.CrossEntropyLoss(), not {loss!r}")
+    return loss
 
 
 def _check_samples(x: Any, y: Any) -> None:

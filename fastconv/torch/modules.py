@@ -173,7 +173,8 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [f"{name}: {kind}, swapped" for name, kind in self.swapped]
-        return "\n".join([*lines, *(f"{name}: {kind}, left: {reason}" for name, kind, reason in self.left)])
+        lines += [f"{name}: {kind}, left: {reason}" for name, kind, reason in self.left]
+        return "\n".join(lines) or "no convolution or pool among the modules"
 
 
 def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = None) -> Conversion:

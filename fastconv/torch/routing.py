@@ -93,7 +93,9 @@ class enabled(TorchFunctionMode):
         """Return a table of the calls: how many of each, and who computed them."""
         rows = [(name, count, "fastconv") for name, count in sorted(self.routed.items())]
         rows += [(name, count, f"PyTorch: {reason}") for (name, reason), count in sorted(self.left.items())]
-        width = max((len(row[0]) for row in rows), default=0)
+        if not rows:
+            return "no convolution or pool was called from Python inside the block"
+        width = max(len(row[0]) for row in rows)
         return "\n".join(f"{name:<{width}}  {count}  {who}" for name, count, who in rows)
 
 
