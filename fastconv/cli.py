@@ -505,6 +505,12 @@ def _explain(args: argparse.Namespace) -> int:
     from . import selection
 
     _check_kinds(args)
+    if args.device != "cpu":
+        from .cuda import toolchain
+
+        # Once, not beside every algorithm of every layer.
+        if problem := toolchain.problem(toolchain.installed()):
+            raise MissingDependencyError(f"explain --device {args.device} compiles the kernels: {problem}")
     tables = product(_workloads(args), _directions(args.direction), _data_formats(args.data_format))
     with config.options(**({} if args.threads is None else {"threads": args.threads})):
         for number, (layer, direction, data_format) in enumerate(tables):

@@ -1,6 +1,7 @@
 """Programs: a recorded call does what Python would, wherever the arrays lie, and what cannot be recorded is not."""
 
 import gc
+import os
 import sys
 import threading
 
@@ -11,7 +12,7 @@ from support import normal
 
 import fastconv
 from fastconv import arrays, calls, config, registry, selection
-from fastconv.cpu import programs, run
+from fastconv.cpu import implicit_gemm, memory, programs, run
 from fastconv.cpu.compile import kernel, task
 from fastconv.cpu.memory import address
 from fastconv.cpu.simd import integer, load, store
@@ -163,6 +164,62 @@ def test_threads_record_and_run_side_by_side():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def interrupted(monkeypatch, intrude):
+    """Record a convolution, and call a function the first time that its algorithm takes an address."""
+    x, w = normal("x", shape=(1, 8, 12, 12), dtype="float32"), normal("w", shape=(8, 8, 3, 3), dtype="float32")
+    original, calls_made = implicit_gemm._aligned, []
+
+    def aligned(place):
+        if programs._lock.locked() and not calls_made:
+            calls_made.append(1)
+            intrude(x, w)
+        return original(place)
+
+    monkeypatch.setattr(implicit_gemm, "_aligned", aligned)
+    results = [fastconv.conv2d(x, w, algorithm="implicit_gemm") for _ in range(3)]
+    assert calls_made
+    assert len({y.tobytes() for y in results}) == 1
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_signal_s_handler_computes_while_a_call_is_recorded(times, monkeypatch):
+    found, other = [], normal("other", shape=(4, 8, 3, 3), dtype="float32")
+
+    def intrude(x, w):
+        found.extend(fastconv.conv2d(x, other, algorithm="implicit_gemm") for _ in range(times))
+
+    interrupted(monkeypatch, intrude)
+    x = normal("x", shape=(1, 8, 12, 12), dtype="float32")
+    assert {y.tobytes() for y in found} == {fastconv.conv2d(x, other, algorithm="implicit_gemm").tobytes()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_a_call_is_recorded_records_anew(monkeypatch):
+    status = []
+
+    def intrude(x, w):
+        child = os.fork()
+        if child == 0:
+            calls.known.clear()
+            bits = {fastconv.conv2d(x, w[:4].copy(), algorithm="implicit_gemm").tobytes() for _ in range(3)}
+            free = not programs._lock.locked() and memory.addressed is None
+            os._exit(0 if len(bits) == 1 and free else 1)
+        status.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    interrupted(monkeypatch, intrude)
+    assert status == [0]
+
+
+def test_without_memory_to_record_in_a_call_is_carried_out(monkeypatch):
+    def refuse(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(programs, "_moves", refuse)
+    x, w = normal("x", shape=(1, 8, 12, 12), dtype="float32"), normal("w", shape=(8, 8, 3, 3), dtype="float32")
+    assert len({fastconv.conv2d(x, w, algorithm="implicit_gemm").tobytes() for _ in range(3)}) == 1
 
 
 # --- what can be recorded --------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import pickle
+import sys
 import types
 import uuid
 import warnings
@@ -133,24 +135,47 @@ class Recording:
         self.steps: list[Step] = []
         self.addressed: list[np.ndarray] = []
 
+    def run(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function, to be recorded."""
+        function(*args)
+
     def is_mine(self) -> bool:
-        """Whether it is this thread that is recorded."""
-        return self.thread == get_ident()
+        """Whether the function that is recorded asks, and no other thread, signal handler or finalizer."""
+        if self.thread != get_ident():
+            return False
+        frame = sys._getframe(2)
+        # Up to the recorded function all is of this package; who comes between is not.
+        while frame.f_back is not None and frame.f_back.f_code is not _RUN:
+            if not frame.f_globals.get("__name__", "").startswith(__package__):
+                return False
+            frame = frame.f_back
+        return frame.f_back is not None
 
 
+_RUN = Recording.run.__code__
 _recording: Recording | None = None
+
+
+def _forget_recording() -> None:
+    global _recording
+    _recording = memory.addressed = None
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that records has not come along.
+    os.register_at_fork(after_in_child=_forget_recording)
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record the tasks that this thread starts inside the block; one thread at a time may."""
+    """Record the tasks that a function starts, by :meth:`Recording.run`; one thread at a time may."""
     global _recording
     _recording = Recording()
     memory.addressed = _recording.addressed
     try:
         yield _recording
     finally:
-        _recording = memory.addressed = None
+        _forget_recording()
 
 
 def task(function: Callable[[int, int], None]) -> Task:

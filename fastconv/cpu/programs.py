@@ -11,6 +11,7 @@ An algorithm takes part by `IN_TASKS = True`: all that it does to arrays it does
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,16 @@ MOVE = 3
 FARTHER = 64
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Whoever held it has not come along.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Program(NamedTuple):
@@ -104,7 +115,13 @@ class Recorded:
     def program(self, has_bias: bool) -> Program | None:
         """Return the program, recorded if need be, or None if there is none."""
         if has_bias not in self._programs:
-            self._programs[has_bias] = self._record(has_bias)
+            # While somebody else records, be it whom this call has interrupted, there is none yet.
+            if not _lock.acquire(blocking=False):
+                return None
+            try:
+                self._programs[has_bias] = self._record(has_bias)
+            finally:
+                _lock.release()
         return self._programs[has_bias]
 
     def __call__(self, a: Any, b: Any, bias: Any, result: Any) -> bool:
@@ -151,11 +168,9 @@ def record(
     lines = [ALIGNMENT * (FARTHER + i) for i in range(len(sizes))]
     # Less than a line, by whole elements of any type.
     odd = [8 * (whole - i) if i < whole else line for i, line in enumerate(lines)]
-    room = np.empty(int(starts[-1]) + max(lines) + ALIGNMENT, np.uint8)
-    base = -address(room) % ALIGNMENT
 
     def carried_out(shifts: Sequence[int]) -> tuple[list[int], compilation.Recording]:
-        arrays = []
+        base, arrays = -address(room) % ALIGNMENT, []
         for (shape, dtype), start, size, shift in zip(operands, starts, sizes, shifts):
             first = base + int(start) + shift
             array = room[first : first + size].view(dtype).reshape(shape)
@@ -163,22 +178,23 @@ def record(
             array.flags.writeable = False
             arrays.append(array)
         with compilation.recording() as found:
-            function(arrays)
+            found.run(function, arrays)
         return [address(array) for array in arrays], found
 
-    with _lock:
-        try:
-            at, first = carried_out([0] * len(sizes))
-            moved, second = carried_out(lines)
-            moves = _moves(first.steps, second.steps, at, moved)
-            for aligned in (False, True):
-                shifts = [line if aligned and i == result else s for i, (s, line) in enumerate(zip(odd, lines))]
-                places, third = carried_out(shifts)
-                if _follow(moves, first.steps, third.steps, at, places):
-                    return _program(first, moves, aligned)
-        except (compilation.NotInTasksError, ValueError):
-            # NumPy's word for a write to what is read-only is ValueError.
-            pass
+    try:
+        # Never touched, so that it takes no memory but where the system counts what is asked for.
+        room = np.empty(int(starts[-1]) + max(lines) + ALIGNMENT, np.uint8)
+        at, first = carried_out([0] * len(sizes))
+        moved, second = carried_out(lines)
+        moves = _moves(first.steps, second.steps, at, moved)
+        for aligned in (False, True):
+            shifts = [line if aligned and i == result else s for i, (s, line) in enumerate(zip(odd, lines))]
+            places, third = carried_out(shifts)
+            if _follow(moves, first.steps, third.steps, at, places):
+                return _program(first, moves, aligned)
+    except (compilation.NotInTasksError, ValueError, MemoryError):
+        # NumPy's word for a write to what is read-only is ValueError.
+        pass
     return None
 
 
