@@ -64,7 +64,8 @@ def table(results: dict[str, Any]) -> str:
         'of its own: **above 1 beats PyTorch**, below 1 loses to it. float32 at precision "highest", '
         f"{machine['threads']} threads on {machine['cpu']}",
         f"({', '.join(machine['features'])}), each callable timed alone and warm in alternating blocks, medians;",
-        "each algorithm in a process of its own with PyTorch. `auto` is what fastconv takes by itself.",
+        "each algorithm in a process of its own with PyTorch: between processes the same kernel differs by a fifth, so",
+        "that closer columns are equal. `auto` is what fastconv takes by itself.",
         "",
         "| layer | direction | auto | " + " | ".join(f"`{name}`" for name in ALGORITHMS) + " |",
         "|---|---|" + "---:|" * (1 + len(ALGORITHMS)),
