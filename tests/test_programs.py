@@ -12,7 +12,7 @@ from support import normal
 
 import fastconv
 from fastconv import arrays, calls, config, registry, selection
-from fastconv.cpu import implicit_gemm, memory, programs, run
+from fastconv.cpu import implicit_gemm, memory, programs, run, workspace
 from fastconv.cpu.compile import kernel, task
 from fastconv.cpu.memory import address
 from fastconv.cpu.simd import integer, load, store
@@ -143,6 +143,17 @@ def test_threads_and_workspace_are_those_of_the_call():
     with config.options(poison=True):
         poisoned = [fastconv.conv2d(x, w, algorithm="winograd_f2x3") for _ in range(3)]
     assert len({y.tobytes() for y in (*one, *two, *poisoned)}) == 1
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize("count", [3, workspace.KEPT_BYTES])
+def test_every_buffer_of_a_workspace_begins_a_cache_line(count, poison):
+    buffers = {name: registry.Buffer((n,), np.dtype(np.uint8)) for name, n in (("a", 5), ("b", count), ("c", 7))}
+    layout = workspace.layout_of(buffers)
+    with config.options(poison=poison), workspace.lend_addresses(layout) as places:
+        assert [place % 64 for place in places] == [0, 0, 0]
+        ends = [place + b.nbytes for place, b in zip(places, buffers.values())]
+        assert all(end <= place for end, place in zip(ends, places[1:]))
 
 
 def test_threads_record_and_run_side_by_side():

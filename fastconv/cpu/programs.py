@@ -96,7 +96,7 @@ class Recorded:
     function : as above, of lifted contiguous arrays
     shapes : of a factor, of the other, of the bias, of the result
     dtype : of all
-    buffers : {name: Buffer} of the workspace
+    layout : of the workspace
     """
 
     def __init__(
@@ -104,11 +104,9 @@ class Recorded:
         function: Callable[..., None],
         shapes: Sequence[tuple[int, ...]],
         dtype: np.dtype,
-        buffers: dict[str, Any],
         layout: Layout,
     ) -> None:
-        self._function, self._shapes, self._dtype = function, shapes, dtype
-        self._buffers, self._layout = buffers, layout
+        self._function, self._shapes, self._dtype, self._layout = function, shapes, dtype, layout
         # With a bias, and without.
         self._programs: dict[bool, Program | None] = {}
 
@@ -129,7 +127,7 @@ class Recorded:
         program = self.program(bias is not None)
         if program is None or (program.aligned and address(result) % ALIGNMENT):
             return False
-        with lend_addresses(self._buffers, self._layout) as places:
+        with lend_addresses(self._layout) as places:
             program.run(address(a), address(b), 0 if bias is None else address(bias), address(result), *places)
         return True
 

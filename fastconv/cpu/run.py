@@ -164,16 +164,20 @@ def _recorded(choice, direction, activation):
     g, algorithm = choice.geometry, choice.algorithm.implementation
     if not getattr(algorithm, "IN_TASKS", False):
         return None
-    function = getattr(algorithm, direction)
+    first, second, last = _operands(g, direction)
+    shapes = first, second, (g.out_channels,), last
+    return Recorded(_lifted(choice, direction, activation), shapes, g.dtype, layout_of(choice.buffers))
 
-    def carry_out(a, b, bias, result, lent):
+
+def _lifted(choice, direction, activation):
+    """Return a function of (factor, factor, bias, result, workspace) that runs an algorithm on lifted arrays."""
+    g, function = choice.geometry, getattr(choice.algorithm.implementation, direction)
+
+    def compute(a, b, bias, result, lent):
         more = (bias, activation) if direction == "forward" else ()
         function(g, a, b, *more, result, lent)
 
-    first, second, last = _operands(g, direction)
-    return Recorded(
-        carry_out, (first, second, (g.out_channels,), last), g.dtype, choice.buffers, layout_of(choice.buffers)
-    )
+    return compute
 
 
 def _operands(g, direction):
@@ -192,13 +196,12 @@ def lifted_call(choice, direction, activation=None):
     g, algorithm = choice.geometry, choice.algorithm.implementation
     if hasattr(algorithm, "bind"):
         return algorithm.bind(g, direction, activation)
-    function, layout = getattr(algorithm, direction), layout_of(choice.buffers)
+    function, layout = _lifted(choice, direction, activation), layout_of(choice.buffers)
     first, second, last = _operands(g, direction)
 
     def compute(a, b, bias, result):
-        more = (bias, activation) if direction == "forward" else ()
         with workspace(choice.buffers, layout) as lent:
-            function(g, a.reshape(first), b.reshape(second), *more, result.reshape(last), lent)
+            function(a.reshape(first), b.reshape(second), bias, result.reshape(last), lent)
 
     return compute
 

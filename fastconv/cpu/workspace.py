@@ -38,18 +38,19 @@ def workspace(buffers, layout=None):
 
 
 @contextmanager
-def lend_addresses(buffers, layout):
-    """Lend the same memory as the addresses of its buffers, in the order of the layout."""
-    if layout.total > KEPT_BYTES or config.get("poison"):
-        lent = fresh(buffers)
-        yield [address(array) for array in lent.values()]
-        return
-    block = _take(layout.total)
+def lend_addresses(layout):
+    """Lend one block as the addresses of its buffers, in the order of the layout; each begins a cache line."""
+    is_kept = layout.total <= KEPT_BYTES
+    block = _take(layout.total) if is_kept else _aligned(layout.total)
+    if config.get("poison"):
+        # NaN in every floating-point type.
+        block.fill(0xFF)
     start = address(block)
     try:
         yield [start + at for _, _, _, at in layout.places]
     finally:
-        _kept.block = block
+        if is_kept:
+            _kept.block = block
 
 
 def _take(nbytes):
