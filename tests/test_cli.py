@@ -181,7 +181,7 @@ def test_auto_stands_for_what_fastconv_takes(capsys):
     header, row = out.splitlines()
     assert header.split()[:4] == ["layer", "direction", "algorithm", "layout"]
     assert f" {taken} " in row
-    assert row.endswith("<- auto")
+    assert "<- auto" in row  # "noisy" may follow, where the machine was busy
 
 
 @pytest.mark.parametrize(
