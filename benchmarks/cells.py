@@ -83,6 +83,8 @@ class Cell(Protocol):
         The first three name it; the last is what the summary groups by.
     facts : dict
         What to store with it: "gflop" of direct convolution, "mbytes" of operands, "images" of a batch.
+    apart : bool
+        Whether each contender is timed in processes of its own.
     """
 
     network: str
@@ -90,6 +92,7 @@ class Cell(Protocol):
     direction: str
     kind: str
     facts: dict[str, float]
+    apart: bool
 
     def contenders(self, levels: Sequence[str], regret: bool) -> Iterator[Contender]:
         """Yield those that can compute it; with `regret` fastconv's other algorithms too."""
@@ -111,6 +114,8 @@ _problem = lru_cache(maxsize=1)(Problem.make)
 
 class ConvCell:
     """A layer of the panel in one direction."""
+
+    apart = False
 
     def __init__(self, workload: Workload, direction: str) -> None:
         self.workload, self.direction = workload, direction
@@ -187,6 +192,7 @@ class PoolCell:
     """A max pool with indices, or its gradient."""
 
     network = "max_pool2d"
+    apart = False
 
     def __init__(self, pool: Pool, direction: str) -> None:
         self.pool, self.direction = pool, direction
@@ -251,9 +257,13 @@ TRAININGS = (("mnist", 64), ("fashion", 32))
 
 
 class TrainingCell:
-    """Forward, backward and the optimiser's step on one batch."""
+    """Forward, backward and the optimiser's step on one batch.
 
-    layer, direction, kind = "training", "step", "training"
+    Timed apart, as a training script runs: what else has been in a process decides whether its allocator hands pages
+    back to the system, and with these networks a step of PyTorch that gets new ones takes half as long again.
+    """
+
+    layer, direction, kind, apart = "training", "step", "training", True
 
     def __init__(self, network: str, batch: int) -> None:
         self.network, self.facts = network, {"images": float(batch)}
@@ -263,87 +273,75 @@ class TrainingCell:
 
     def contenders(self, levels: Sequence[str], regret: bool) -> Iterator[Contender]:
         """Yield `fastconv.nn` and PyTorch's model inside `enabled`, at each precision, and PyTorch, in both formats."""
-        start = self._network(levels[0]).state_dict()
-        expected = self._expected(start)
+        for name, ours in (("fastconv", self._ours), ("fastconv.torch", self._routed)):
+            algorithm = "nn" if name == "fastconv" else "enabled"
+            for data_format, level in product(DATA_FORMATS, levels):
+                prepare, verify = partial(ours, data_format, level), partial(self._verify, level)
+                yield Contender(Entry(name, data_format, algorithm, [level]), prepare, verify)
         for data_format in DATA_FORMATS:
-            for level in levels:
-                model = self._network(level)
-                model.load_state_dict(start)
-                yield self._ours(model, data_format, level, expected)
-        for data_format, level in product(DATA_FORMATS, levels):
-            yield self._routed(_torch_twin(self._network(level), start), data_format, level, expected)
-        for data_format in DATA_FORMATS:
-            entry, model = Entry("torch", data_format, "", list(levels)), _torch_twin(self._network(levels[0]), start)
-            yield Contender(entry, partial(self._theirs, model, data_format), lambda result: 0.0)
+            entry = Entry("torch", data_format, "", list(levels))
+            yield Contender(entry, partial(self._theirs, data_format), lambda result: 0.0)
 
     def _network(self, precision: str) -> Any:
         # From some weights float32 takes another of two nearly equal maxima than float64, PyTorch's too.
         nn.manual_seed(SEED)
         return getattr(_example(), f"{self.network}_network")("auto", precision)
 
-    def _ours(self, model: Any, data_format: str, level: str, expected: np.ndarray) -> Contender:
-        x, first = self.x, next(model.parameters())
+    def _ours(self, data_format: str, level: str) -> Callable[[], Any]:
+        x, model = self.x, self._network(level)
+        first = next(model.parameters())
         if data_format == "channels_last":
             _to_channels_last(model, x.shape[1:])
             x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
         loss = nn.CrossEntropyLoss()
         optimizer = nn.RMSprop(model.parameters(), lr=1e-3, alpha=0.9, eps=1e-7)
 
-        def gradients() -> np.ndarray:
+        def gradients() -> None:
             optimizer.zero_grad()
             loss(model(x), self.y)
             model.backward(loss.backward(), input_grad=False)
-            return first.grad
 
         def step() -> None:
             gradients()
             optimizer.step()
 
-        def verify(result: Any) -> float:
-            return limited(rms_error(self.first_gradient, expected), TRAINING_ERRORS[level])
+        # The first gradient is without dropout, whose masks nobody shares.
+        dropouts = [layer for layer in model if isinstance(layer, nn.Dropout)]
+        for layer in dropouts:
+            layer.eval()
+        gradients()
+        self.first_gradient = first.grad.copy()
+        for layer in dropouts:
+            layer.train()
+        return step
 
-        def prepare() -> Callable[[], Any]:
-            # Without dropout, whose masks nobody shares.
-            dropouts = [layer for layer in model if isinstance(layer, nn.Dropout)]
-            for layer in dropouts:
-                layer.eval()
-            self.first_gradient = gradients().copy()
-            for layer in dropouts:
-                layer.train()
-            return step
-
-        return Contender(Entry("fastconv", data_format, "nn", [level]), prepare, verify)
-
-    def _routed(self, model: Any, data_format: str, level: str, expected: np.ndarray) -> Contender:
+    def _routed(self, data_format: str, level: str) -> Callable[[], Any]:
         import torch
 
         import fastconv.torch
 
-        step, mode = self._theirs(model, data_format), fastconv.torch.enabled(precision=level)
+        model, x, y, step = self._twin(data_format)
+        mode = fastconv.torch.enabled(precision=level)
 
         def routed() -> None:
             with mode:
                 step()
 
-        def verify(result: Any) -> float:
-            return limited(rms_error(self.first_gradient, expected), TRAINING_ERRORS[level])
+        with mode:
+            torch.nn.functional.cross_entropy(model.eval()(x), y).backward()
+        self.first_gradient = next(model.parameters()).grad.numpy().copy()
+        model.train()
+        return routed
 
-        def prepare() -> Callable[[], Any]:
-            memory = _memory_format(data_format)
-            x, y = torch.from_numpy(self.x).to(memory_format=memory), torch.from_numpy(self.y)
-            with mode:
-                torch.nn.functional.cross_entropy(model.eval()(x), y).backward()
-            self.first_gradient = next(model.parameters()).grad.numpy().copy()
-            model.train()
-            return routed
+    def _theirs(self, data_format: str) -> Callable[[], Any]:
+        return self._twin(data_format)[-1]
 
-        return Contender(Entry("fastconv.torch", data_format, "enabled", [level]), prepare, verify)
-
-    def _theirs(self, model: Any, data_format: str) -> Callable[[], Any]:
+    def _twin(self, data_format: str) -> tuple[Any, Any, Any, Callable[[], Any]]:
+        """Return PyTorch's model, its batch, and its step."""
         import torch
 
-        memory = _memory_format(data_format)
-        model = model.to(memory_format=memory)
+        memory, network = _memory_format(data_format), self._network("highest")
+        model = _torch_twin(network, network.state_dict()).to(memory_format=memory)
         x, y = torch.from_numpy(self.x).to(memory_format=memory), torch.from_numpy(self.y)
         optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.9, eps=1e-7)
 
@@ -352,13 +350,18 @@ class TrainingCell:
             torch.nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-        return step
+        return model, x, y, step
 
-    def _expected(self, start: dict[str, np.ndarray]) -> np.ndarray:
-        """Return PyTorch's gradient of the first weight, in float64 and without dropout."""
+    def _verify(self, level: str, result: Any) -> float:
+        return limited(rms_error(self.first_gradient, self._expected), TRAINING_ERRORS[level])
+
+    @cached_property
+    def _expected(self) -> np.ndarray:
+        """PyTorch's gradient of the first weight, in float64 and without dropout."""
         import torch
 
-        model = _torch_twin(self._network("highest"), start).double().eval()
+        network = self._network("highest")
+        model = _torch_twin(network, network.state_dict()).double().eval()
         logits = model(torch.from_numpy(self.x).double())
         torch.nn.functional.cross_entropy(logits, torch.from_numpy(self.y)).backward()
         return next(model.parameters()).grad.numpy()

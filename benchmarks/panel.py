@@ -5,8 +5,8 @@
     python -m benchmarks.panel --check                      # names what got slower than the file says: status 1
 
 Each callable is timed alone and warm, in blocks that alternate with those of the others (`timing`), after its result
-was checked. Ratios are of medians; the quantiles 20 and 80 of both sides bound them. What auto takes is what it
-predicts: times that have been measured by tuning are left out.
+was checked; training steps in processes of their own that take turns. Ratios are of medians; the quantiles 20 and 80 of
+both sides bound them. What auto takes is what it predicts: times that have been measured by tuning are left out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -35,6 +38,8 @@ from .cells import Cell, Contender, Entry, WrongResultError
 RESULTS = Path(__file__).resolve().parent / "results"
 # In a run for the regret, an algorithm that takes this much longer than another is not timed again.
 HOPELESS = 4.0
+# Seconds at least for a contender that is timed in a process of its own: its allocator has to settle.
+LEAST_APART = 1.0
 # What --check looks at unless told otherwise: cells of each kind and direction.
 SAMPLE = 3
 # A suspect is timed again in so many processes before it is called slower: some are a third slower than others at the
@@ -57,8 +62,9 @@ def measure(cell: Cell, old: dict[str, Any] | None, options: argparse.Namespace,
     if budget:
         for i in _hopeless(contenders, calls):
             del calls[i]
-        for i, found in timing.measure(calls, budget, thorough=True).items():
-            _store(contenders[i].entry, found)
+        found = _take_turns(cell, calls, options) if cell.apart else timing.measure(calls, budget, thorough=True)
+        for i in found:
+            _store(contenders[i].entry, found[i])
     facts = {name: float(f"{value:.5g}") for name, value in cell.facts.items()}
     names = {name: getattr(cell, name) for name in ("network", "layer", "direction", "kind")}
     entries = [c.entry.to_json() for c in contenders]
@@ -98,6 +104,47 @@ def _hopeless(contenders: Sequence[Contender], calls: dict[int, Callable[[], Any
     for i in behind:
         _store(contenders[i].entry, once[i])
     return behind
+
+
+def _take_turns(cell: Cell, indices: Iterable[int], options: argparse.Namespace) -> dict[int, timing.Timing]:
+    """Time contenders in processes of their own, one after the other, several times.
+
+    The median is that of the processes' medians; the quantiles are the outermost, so that they bound all processes.
+    """
+    found: dict[int, list[timing.Timing]] = {i: [] for i in indices}
+    for _ in range(timing.BLOCKS):
+        for i, times in found.items():
+            printed = _run("apart", cell, options, stdout=subprocess.PIPE, contender=i).stdout
+            times.append(timing.Timing(**json.loads(printed)))
+    return {
+        i: timing.Timing(
+            min(t.q20 for t in times),
+            median(t.median for t in times),
+            max(t.q80 for t in times),
+            sum(t.repeats for t in times),
+        )
+        for i, times in found.items()
+    }
+
+
+def time_one(options: argparse.Namespace) -> int:
+    """Time one contender of the one cell that is chosen, and print what came out."""
+    (cell,) = selected(list(cells.all_cells()), options.only)
+    contender = next(islice(cell.contenders(options.levels, options.regret), options.contender, None))
+    call = contender.prepare()
+    found = timing.measure({0: call}, max(options.budget, LEAST_APART), thorough=True)[0]
+    print(json.dumps(asdict(found)))
+    return 0
+
+
+def _run(
+    module: str, cell: Cell, options: argparse.Namespace, stdout: int, **flags: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run this command, or the like, in a process of its own, on one cell."""
+    how = {"only": f"^{re.escape(' '.join(key(cell)))}$", "levels": ",".join(options.levels), **flags}
+    how |= {"threads": options.threads, "budget": options.budget}
+    command = [sys.executable, "-m", f"benchmarks.{module}", *(f"--{name}={value}" for name, value in how.items())]
+    return subprocess.run(command, cwd=RESULTS.parent.parent, stdout=stdout, check=False)
 
 
 def _store(entry: Entry, found: timing.Timing) -> None:
@@ -255,10 +302,7 @@ def measure_apart(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a cell in a process of its own; return it without entries if that crashes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "cell.json"
-        how = {"only": f"^{re.escape(' '.join(key(cell)))}$", "levels": ",".join(options.levels), "out": out}
-        flags = [f"--{name}={value}" for name, value in {**how, "threads": options.threads}.items()]
-        command = [sys.executable, "-m", "benchmarks.panel", f"--budget={options.budget}", *flags]
-        subprocess.run(command, cwd=RESULTS.parent.parent, stdout=subprocess.DEVNULL, check=False)
+        _run("panel", cell, options, stdout=subprocess.DEVNULL, out=out)
         return (load(out)["cells"] or [{"entries": []}])[0]
 
 
@@ -305,6 +349,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="compile and check, and keep that, but time nothing")
     parser.add_argument("--check", action="store_true", help="name what got slower than the file says")
     parser.add_argument("--all", action="store_true", help="check every cell, not a few of each kind")
+    parser.add_argument("--contender", type=int, help=argparse.SUPPRESS)  # for processes that this command starts
     parser.add_argument("--show", action="store_true", help="show the file's summary, measure nothing")
     options = parser.parse_args(arguments)
     if unknown := set(options.levels.split(",")) - set(config.PRECISIONS):
@@ -323,6 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(summary.text(load(options.out)))
         return 0
     with conditions(options.threads):
+        if options.contender is not None:
+            return time_one(options)
         return check(options) if options.check else run(options)
 
 

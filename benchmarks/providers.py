@@ -18,6 +18,7 @@ import numpy as np
 import fastconv
 from fastconv import registry, selection
 from fastconv.arrays import NumpyArrays, TorchArrays
+from fastconv.cpu import threads  # noqa: F401  # before PyTorch, whose idle threads would hold up NumPy's BLAS
 from fastconv.device_arrays import DeviceLibrary
 from fastconv.geometry import ConvGeometry
 

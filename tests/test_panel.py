@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,6 +317,21 @@ def test_a_process_of_its_own_measures_the_one_cell():
     found = panel.measure_apart(smallest, options)
     assert panel.key(found) == panel.key(smallest)
     assert all(e["ms"] > 0 for e in found["entries"])
+
+
+def test_contenders_that_are_timed_apart_take_turns_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(panel.timing, "BLOCKS", 1)
+    (training,) = [c for c in cells.all_cells() if c.network == "mnist" and c.kind == "training"]
+    assert training.apart
+    options = panel.parse(["--budget", "0.002", "--threads", "2", "--levels", "highest"])
+    (found,) = panel._take_turns(training, [2], options).values()
+    assert 0 < found.q20 <= found.median <= found.q80
+    runs = iter([timing.Timing(2.0, 3.0, 4.0, 5), timing.Timing(1.0, 4.0, 4.5, 6), timing.Timing(3.0, 3.5, 5.0, 7)])
+    monkeypatch.setattr(panel.timing, "BLOCKS", 3)
+    monkeypatch.setattr(
+        panel, "_run", lambda *args, **how: SimpleNamespace(stdout=json.dumps(asdict(next(runs))).encode())
+    )
+    assert panel._take_turns(training, [0], options) == {0: timing.Timing(1.0, 3.5, 5.0, 18)}
 
 
 # --- the README's table ----------------------------------------------------------------------------------------
