@@ -137,6 +137,19 @@ def test_docstrings_of_operations_are_about_their_own_number_of_dimensions(name,
         assert "dims" not in inspect.signature(value).parameters
 
 
+OPERATIONS = [name for name in fastconv.__all__ if "2d" in name or name in ("unfold", "fold")]
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "algorithms", "explain", "warmup", "options"])
+def test_docstrings_of_functions_say_what_they_take_give_and_refuse(name):
+    text = inspect.getdoc(getattr(fastconv, name))
+    sections = ["Parameters", "Returns", "Raises", "Examples"]
+    for section in sections if name not in ("warmup", "options") else ["Parameters", "Raises", "Examples"]:
+        assert f"\n{section}\n{'-' * len(section)}\n" in text
+    if name in OPERATIONS and not name.endswith("_backward"):
+        assert "float" in text or "dtype" in text
+
+
 def example_modules():
     for path in FILES:
         parts = ["fastconv", *path.with_suffix("").parts]

@@ -253,7 +253,22 @@ def fit(
 def evaluate(
     model: Module, x: Array, y: Array, *, loss: Loss | None = None, metrics: Any = (), batch_size: int = 256
 ) -> dict[str, float]:
-    """Return the mean loss and metrics of a model in evaluation mode, as {"loss": ..., "accuracy": ...}."""
+    """Return the mean loss and metrics of a model in evaluation mode, as {"loss": ..., "accuracy": ...}.
+
+    Parameters
+    ----------
+    model, x, y, loss, metrics
+        As :func:`fit` takes them.
+    batch_size : int, default 256
+
+    Returns
+    -------
+    dict of float
+
+    Raises
+    ------
+    ShapeError, ArgumentError, ArgumentTypeError
+    """
     _check_samples(model, x, y)
     criterion = _checked_loss(loss)
     measured, totals = named_metrics(metrics), _Means()
@@ -266,7 +281,23 @@ def evaluate(
 
 
 def predict(model: Module, x: Array, *, batch_size: int = 256) -> Array:
-    """Return the output of a model in evaluation mode, for any number of samples: one batch is held at a time."""
+    """Return the output of a model in evaluation mode, for any number of samples: one batch is held at a time.
+
+    Parameters
+    ----------
+    model : Module
+    x : array with one sample per row
+        Batches are converted to the dtype of the model's parameters, without scaling.
+    batch_size : int, default 256
+
+    Returns
+    -------
+    array with one sample per row, of the model's dtype
+
+    Raises
+    ------
+    ShapeError, ArgumentError, ArgumentTypeError
+    """
     _check_input(model, x)
     batch_size = integer("batch_size", batch_size, 1)
     with evaluating(model):
