@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import cli, config, registry, tuning
+from fastconv import config, registry, tuning
+from fastconv.cli.flags import benchmarks
 from fastconv.geometry import DATA_FORMATS, DIRECTIONS
 
 pytest.importorskip("torch")
 panel, cells, summary, timing, workloads, readme = (
-    cli._benchmarks(name) for name in ("panel", "cells", "summary", "timing", "workloads", "readme")
+    benchmarks(name) for name in ("panel", "cells", "summary", "timing", "workloads", "readme")
 )
 
 TINY = workloads.Workload("tiny", "3x3", (2, 3, 8, 8), (4, 3, 3, 3))

@@ -14,7 +14,7 @@ PACKAGE = Path(fastconv.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 KERNELS = [path for path in FILES if path.parts[0] in ("cpu", "cuda")]
 # The modules whose business other array libraries are.
-BRIDGES = {"arrays.py", "device_arrays.py", "torch", "jax.py", "info.py", "cli.py", "__main__.py"}
+BRIDGES = {"arrays.py", "device_arrays.py", "torch", "jax.py", "info.py", "cli", "__main__.py"}
 LIBRARIES = ("cupy", "torch", "jax")
 
 every_file = pytest.mark.parametrize("path", FILES, ids=str)
