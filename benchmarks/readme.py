@@ -28,11 +28,12 @@ README, LAYERS = ROOT.parent / "README.md", RESULTS / "panel.md"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 PANEL_BEGIN, PANEL_END = "<!-- panel:begin -->", "<!-- panel:end -->"
 # Cells to show at each end.
-SHOWN = 10
+SHOWN = 5
 TITLE = """# The panel, layer by layer
 
 PyTorch's time over fastconv's: above 1 beats PyTorch, below 1, in bold, loses to it. Written by
-`python -m benchmarks.readme` from the `panel-*.json` beside it; the README has the means.
+`python -m benchmarks.readme` from the `panel-*.json` beside it; the README has the means. A pool
+has no weights, and no weight_grad; what is not timed has no result in the file.
 """
 ALGORITHMS = ("direct", "im2col", "implicit_gemm", "winograd", "depthwise", "fft")
 
@@ -100,6 +101,7 @@ def _ratio(ratio: float | None) -> str:
 
 def panel(results: dict[str, Any], file: str) -> str:
     """Return the panel's results as Markdown: means by kind of work beside their targets, losses, both ends."""
+    strictest = summary.levels(results)[0]
     header, *rows = summary.table(results)
     lines = [
         *_machine(results, file),
@@ -111,12 +113,12 @@ def panel(results: dict[str, Any], file: str) -> str:
         "|---" + "|---:" * (len(header) - 1) + "|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        *(f"- {line}" for line in (*summary.training_lines(results), *summary.regret_lines(results))),
+        *(f"- {line}" for line in (*summary.training_lines(results, [strictest]), *summary.regret_lines(results))),
         f"- slower than PyTorch: {_lost(results)} (in bold; every layer is in",
         f"  [benchmarks/results/{LAYERS.name}](benchmarks/results/{LAYERS.name}))",
         *(f"- not timed: {line}" for line in summary.wrongs(results)),
         "",
-        *_ends(results, summary.levels(results)[0]),
+        *_ends(results, strictest),
     ]
     return "\n".join(lines)
 
@@ -156,28 +158,36 @@ def _marked(value: float) -> str:
 
 
 def layers(results: dict[str, Any], file: str) -> str:
-    """Return every layer of the panel as Markdown."""
+    """Return every layer of the panel as Markdown, and the training steps."""
     levels = summary.levels(results)
+    steps = [cell for cell in results["cells"] if cell["kind"] == "training"]
     lines = [
         *_machine(results, file),
         f"At {' / '.join(levels)}, in the better layout of each:",
         "",
         f"| layer | {' | '.join(DIRECTIONS)} |",
         "|---|---:|---:|---:|",
-        *_panel_layers(results, levels),
+        *_panel_layers([cell for cell in results["cells"] if cell["kind"] != "training"], levels),
+        "",
+        "| training step | `fastconv.nn` | PyTorch's model inside `fastconv.torch.enabled()` |",
+        "|---|---:|---:|",
+        *(f"| {c['network']} | {_shown(c, levels)} | {_shown(c, levels, 'fastconv.torch')} |" for c in steps),
     ]
     return "\n".join(lines)
 
 
-def _panel_layers(results: dict[str, Any], levels: list[str]) -> list[str]:
-    layers: dict[str, dict[str, str]] = {}
-    for cell in results["cells"]:
-        found = [summary.ratio(cell, level) for level in levels]
-        shown = " / ".join(dict.fromkeys(_marked(r.value) for r in found if r)) or "-"
-        # A training step has one direction, shown as the first.
-        direction = cell["direction"] if cell["direction"] in DIRECTIONS else DIRECTIONS[0]
-        layers.setdefault(f"{cell['network']} {cell['layer']}", {})[direction] = shown
-    return [f"| {name} | {' | '.join(row.get(d, '') for d in DIRECTIONS)} |" for name, row in layers.items()]
+def _panel_layers(cells: list[dict[str, Any]], levels: list[str]) -> list[str]:
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        none = {"weight_grad": ""} if "pool" in cell["kind"] else {}
+        rows.setdefault(f"{cell['network']} {cell['layer']}", none)[cell["direction"]] = _shown(cell, levels)
+    return [f"| {name} | {' | '.join(row.get(d, 'not timed') for d in DIRECTIONS)} |" for name, row in rows.items()]
+
+
+def _shown(cell: dict[str, Any], levels: list[str], provider: str = "fastconv") -> str:
+    """Return a cell's ratios at all levels, once where they are equal."""
+    found = [summary.ratio(cell, level, provider=provider) for level in levels]
+    return " / ".join(dict.fromkeys(_marked(r.value) for r in found if r)) or "-"
 
 
 def panels(show: Callable[[dict[str, Any], str], str]) -> str:

@@ -187,16 +187,16 @@ def text(results: Record) -> str:
     lines = ["PyTorch's time over fastconv's, geometric means: the better layout of each, and like for like"]
     for first, *rest in rows:
         lines.append("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:]))]))
-    lines += [*training_lines(results), *regret_lines(results), f"{len(lost)} losses"]
+    lines += [*training_lines(results, levels(results)), *regret_lines(results), f"{len(lost)} losses"]
     lines += [f"  {r}  {level:<7}  {name(cell)}  {algorithm(cell, level)}" for r, level, cell in lost]
     return "\n".join([*lines, *(["wrong or failed, not timed:", *wrong] if wrong else [])])
 
 
-def training_lines(results: Record) -> list[str]:
-    """Return images per second of the training steps."""
+def training_lines(results: Record, shown: Sequence[str]) -> list[str]:
+    """Return images per second of the training steps at some precisions."""
     lines = []
     for cell in results["cells"]:
-        for level in levels({"cells": [cell]}) if cell["kind"] == "training" else ():
+        for level in shown if cell["kind"] == "training" else ():
             sides = ("fastconv", ""), ("fastconv.torch", "inside enabled() "), ("torch", "PyTorch ")
             found = [(word, fastest(cell, level, provider)) for provider, word in sides]
             speeds = [f"{word}{cell['images'] * 1e3 / entry['ms']:,.0f} images/s" for word, entry in found if entry]

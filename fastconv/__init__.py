@@ -83,3 +83,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_SUBMODULES})
+
+
+config.check_environment()

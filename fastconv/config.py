@@ -8,7 +8,8 @@
 True
 
 A block holds for the current thread and asyncio task only (`contextvars`). ``fastconv.config.threads = 1``
-sets a value for the whole process.
+sets a value for the whole process. A wrong value is refused when it is set; one in the environment gives a warning when
+the package is imported, and an error where it is used.
 
 =================  ==========================  ==========  ====================================================
 option             environment variable        default     meaning
@@ -27,6 +28,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,10 +63,11 @@ _encoded: Callable[[str], Any] = getattr(os.environ, "encodekey", str)
 _KEYS = {option: _encoded(f"FASTCONV_{option.upper()}") for option in DEFAULTS}
 
 
-def _check_name(option: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ArgumentTypeError(f"{option} must be a string, not {value!r}")
-    return value
+def _check_algorithm(option: str, value: Any) -> str:
+    # Loads NumPy, which importing the package does not.
+    from . import registry
+
+    return registry.checked_name(option, value)
 
 
 def _check_precision(option: str, value: Any) -> str:
@@ -106,7 +109,7 @@ def _check_amx(option: str, value: Any) -> str:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "algorithm": _check_name,
+    "algorithm": _check_algorithm,
     "precision": _check_precision,
     "workspace_limit": _check_bytes,
     "threads": _check_threads,
@@ -133,10 +136,21 @@ def _from_environment(option: str) -> Any:
         except ValueError:
             raise ArgumentError(f"{variable} must be an integer, not {text!r}") from None
     elif option == "poison":
-        value = text.lower() not in _WORDS_FOR_NO
+        if text.lower() not in _WORDS_FOR_NO + _WORDS_FOR_YES:
+            raise ArgumentError(f"{variable} must be one of {', '.join(_WORDS_FOR_YES + _WORDS_FOR_NO)}, not {text!r}")
+        value = text.lower() in _WORDS_FOR_YES
     elif option == "amx" and text.lower() in _WORDS_FOR_NO + _WORDS_FOR_YES:
         value = text.lower() in _WORDS_FOR_YES
     return _CHECKS[option](variable, value)
+
+
+def check_environment() -> None:
+    """Warn of variables whose value every call that reads them will refuse."""
+    for option in DEFAULTS:
+        try:
+            _from_environment(option)
+        except (ArgumentError, ArgumentTypeError) as error:
+            warnings.warn(f"{error}; calls that depend on it will fail", RuntimeWarning, stacklevel=3)
 
 
 def get(option: str) -> Any:

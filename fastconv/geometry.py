@@ -434,9 +434,10 @@ def _conv_geometry(
     if filters % groups:
         raise ShapeError(f"groups={groups} does not divide the {filters} filters of weight of shape {weight_shape}")
     if channels != weight_shape[1] * groups:
+        without = "" if batched else ", an image without a batch,"
         raise ShapeError(
-            f"{name} of shape {x_shape} with data_format={data_format!r} has {channels} channels, but weight of shape "
-            f"{weight_shape} with groups={groups} expects {weight_shape[1] * groups}"
+            f"{name} of shape {x_shape}{without} with data_format={data_format!r} has {channels} channels, but weight "
+            f"of shape {weight_shape} with groups={groups} expects {weight_shape[1] * groups}"
         )
     if batch and channels and not all(input_size):
         raise ShapeError(f"{name} must have at least one element in each spatial dimension, not shape {x_shape}")

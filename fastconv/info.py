@@ -105,6 +105,11 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
 
+    Raises
+    ------
+    ArgumentError (ValueError), ArgumentTypeError (TypeError)
+        For another mode.
+
     Examples
     --------
     >>> fastconv.show_config()  # doctest: +SKIP
@@ -477,11 +482,12 @@ _SPATIAL = {"1": (6,), "2": (6, 6), "3": (6, 6, 6)}
 
 
 class _Arrays(NamedTuple):
-    """Tiny operands of one warm-up: four channels, six elements in each spatial dimension."""
+    """Tiny operands of one warm-up: four channels, six elements in each spatial dimension; and by what to convolve."""
 
     data_format: str
     dtype: np.dtype
     spatial: tuple[int, ...]
+    algorithms: tuple[str, ...] | None = None
 
     def image(self, channels: int = 4, size: int | None = None) -> np.ndarray:
         """One image of zeros, `size` in every dimension."""
@@ -544,15 +550,38 @@ def _warm_transpose_backward(dims: str, a: _Arrays, how: dict[str, Any]) -> None
 
 
 def _algorithms(a: _Arrays, weight: np.ndarray, direction: str, groups: int = 1) -> list[dict[str, str]]:
-    """Return the arguments that name each algorithm which can do this, whatever it promises."""
+    """Return the arguments that name each algorithm which can do this and is asked for, whatever it promises."""
     from . import selection
     from .geometry import ConvGeometry
 
     geometry = ConvGeometry.create(
         a.image().shape, weight.shape, groups=groups, data_format=a.data_format, dtype=a.dtype
     )
-    found = selection.algorithms(geometry, direction=direction, precision="medium")
-    return [{"algorithm": c.name, "precision": "medium"} for c in found if c.supported]
+    found = [c.name for c in selection.algorithms(geometry, direction=direction, precision="medium") if c.supported]
+    if a.algorithms is not None:
+        wanted = {name for asked in a.algorithms for name in _meant(asked, a, direction)}
+        found = [name for name in found if name in wanted]
+    return [{"algorithm": name, "precision": "medium"} for name in found]
+
+
+# Channels, filters, kernel, groups and size of a layer of each kind: the first, 3x3, 1x1, depthwise, and a tiny one.
+_USUAL_LAYERS = ((3, 64, 7, 1, 64), (64, 64, 3, 1, 32), (64, 128, 1, 1, 32), (64, 64, 3, 64, 32), (1, 1, 3, 1, 8))
+
+
+def _meant(name: str, a: _Arrays, direction: str) -> list[str]:
+    """Return the algorithms of a name: for "auto" those that it takes for usual layers."""
+    from . import registry, selection
+    from .geometry import ConvGeometry
+
+    if name != "auto":
+        return [algorithm.name for algorithm in registry.named(name, "cpu")]
+    found: list[str] = []
+    for channels, filters, kernel, groups, size in _USUAL_LAYERS:
+        x_shape = join_shape(8, channels, (size,) * len(a.spatial), a.data_format)
+        weight_shape = (filters, channels // groups, *(kernel,) * len(a.spatial))
+        g = ConvGeometry.create(x_shape, weight_shape, groups=groups, data_format=a.data_format, dtype=a.dtype)
+        found += [c.name for c in selection.algorithms(g, direction=direction) if c.chosen]
+    return found
 
 
 def _warm_pool(dims: str, a: _Arrays, how: dict[str, Any], kind: str, backward: bool) -> None:
@@ -611,11 +640,12 @@ def warmup(
     operations: Sequence[str] = USUAL_OPERATIONS,
     dtypes: Sequence[Any] = ("float32",),
     data_formats: Sequence[str] = DATA_FORMATS,
+    algorithms: Sequence[str] | None = None,
 ) -> None:
     """Compile ahead the kernels that operations use, by running them on tiny arrays.
 
-    Kernels are kept on disk, so one call serves later processes too. All algorithms of a convolution are compiled,
-    since ``algorithm="auto"`` may take any. One-, two- and three-dimensional operations share kernels.
+    Kernels are kept on disk, so one call serves later processes too. One-, two- and three-dimensional operations share
+    kernels.
 
     Parameters
     ----------
@@ -623,33 +653,43 @@ def warmup(
         Names of public operations, such as "conv2d" or "max_pool2d_backward".
     dtypes : sequence of dtypes or their names
     data_formats : sequence of "channels_first", "channels_last"
+    algorithms : sequence of str, optional
+        Of convolutions; "auto" stands for those that it takes for usual layers. All of them unless given: that takes
+        about twice as long.
 
     Raises
     ------
     ArgumentError, ArgumentTypeError, DTypeError
-        For an unknown operation, format or dtype, before anything is compiled.
+        For an unknown operation, format, dtype or algorithm, before anything is compiled.
 
     Examples
     --------
     >>> import fastconv
     >>> fastconv.warmup(["max_pool2d"], ["float32"], ["channels_last"])
     """
-    for _, run in warm_up_steps(operations, dtypes, data_formats):
+    for _, run in warm_up_steps(operations, dtypes, data_formats, algorithms):
         run()
 
 
 def warm_up_steps(
-    operations: Sequence[str], dtypes: Sequence[Any], data_formats: Sequence[str]
+    operations: Sequence[str],
+    dtypes: Sequence[Any],
+    data_formats: Sequence[str],
+    algorithms: Sequence[str] | None = None,
 ) -> list[tuple[str, Callable[[], None]]]:
     """Return what :func:`warmup` does, as (label, function) steps."""
-    for name, value in (("operations", operations), ("dtypes", dtypes), ("data_formats", data_formats)):
+    from . import registry
+
+    given = {"operations": operations, "dtypes": dtypes, "data_formats": data_formats}
+    for name, value in (given if algorithms is None else {**given, "algorithms": algorithms}).items():
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ArgumentTypeError(f"{name} must be a sequence of names, not {value!r}")
     for operation in operations:
         if operation not in WARM_OPERATIONS:
             raise ArgumentError(f"operations must be names of public operations such as 'conv2d', not {operation!r}")
     formats = [one_of("data_formats", data_format, DATA_FORMATS) for data_format in data_formats]
-    return list(_steps(operations, [_floating(dtype) for dtype in dtypes], formats))
+    names = None if algorithms is None else tuple(registry.checked_name("algorithms", name) for name in algorithms)
+    return list(_steps(operations, [_floating(dtype) for dtype in dtypes], formats, names))
 
 
 def _floating(dtype: Any) -> np.dtype:
@@ -667,21 +707,24 @@ def _floating(dtype: Any) -> np.dtype:
 
 
 def _steps(
-    operations: Sequence[str], dtypes: Sequence[np.dtype], data_formats: Sequence[str]
+    operations: Sequence[str],
+    dtypes: Sequence[np.dtype],
+    data_formats: Sequence[str],
+    algorithms: tuple[str, ...] | None,
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     done: set[tuple[Any, ...]] = set()
     for operation in operations:
         for dtype in dtypes:
             for data_format in data_formats:
-                step = _step(operation, dtype, data_format)
+                step = _step(operation, dtype, data_format, algorithms)
                 if (operation, dtype, data_format) not in done:
                     done.add((operation, dtype, data_format))
                     yield f"{operation} {dtype} {data_format}", step
 
 
-def _step(operation: str, dtype: np.dtype, data_format: str) -> Callable[[], None]:
+def _step(operation: str, dtype: np.dtype, data_format: str, algorithms: tuple[str, ...] | None) -> Callable[[], None]:
     if operation in ("unfold", "fold"):
         return lambda: _warm_patches(_Arrays("channels_first", dtype, _SPATIAL["2"]))
     dims = next(d for d in _SPATIAL if f"{d}d" in operation)
     run = _WARM_UPS[operation.replace(f"{dims}d", "{}d")]
-    return lambda: run(dims, _Arrays(data_format, dtype, _SPATIAL[dims]), {"data_format": data_format})
+    return lambda: run(dims, _Arrays(data_format, dtype, _SPATIAL[dims], algorithms), {"data_format": data_format})

@@ -34,6 +34,7 @@ declared, so an algorithm has the memory it stated and no other. Modules load at
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -160,17 +161,21 @@ def named(name: Any, device: str) -> list[Algorithm]:
 
     The list is empty if the name is a known family that the device has no algorithm of.
     """
-    if not isinstance(name, str):
-        raise ArgumentTypeError(f"algorithm must be a string, not {name!r}")
     here = on(device)
-    if name in ("auto", "tune"):
+    if checked_name("algorithm", name, here) in ("auto", "tune"):
         return here
-    chosen = [a for a in here if a.name == name] or [a for a in here if a.family == name]
-    known = {a.name for a in _algorithms.values()} | set(FAMILIES)
-    if not chosen and name not in known:
-        names = dict.fromkeys(["auto", "tune", *FAMILIES, *(a.name for a in here)])
-        raise ArgumentError(f"algorithm must be one of {', '.join(map(repr, names))}, not {name!r}")
-    return chosen
+    return [a for a in here if a.name == name] or [a for a in here if a.family == name]
+
+
+def checked_name(argument: str, name: Any, shown: Iterable[Algorithm] | None = None) -> str:
+    """Return a name that some device knows, or raise an error that lists the names of all algorithms, or of `shown`."""
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"{argument} must be a string, not {name!r}")
+    if name not in ("auto", "tune", *FAMILIES, *(a.name for a in _algorithms.values())):
+        listed = _algorithms.values() if shown is None else shown
+        names = dict.fromkeys(["auto", "tune", *FAMILIES, *(a.name for a in listed)])
+        raise ArgumentError(f"{argument} must be one of {', '.join(map(repr, names))}, not {name!r}")
+    return name
 
 
 for _name in ("direct", "im2col", "implicit_gemm", "depthwise", "fft", "direct_small"):

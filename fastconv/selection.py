@@ -259,6 +259,10 @@ def algorithms(
     -------
     list of Candidate
 
+    Raises
+    ------
+    ArgumentError (ValueError), ArgumentTypeError (TypeError)
+
     Examples
     --------
     >>> import fastconv
@@ -329,6 +333,19 @@ def explain(
 
     The kernels are compiled for it, so that no GPU needs to be there: registers, share of a multiprocessor's threads
     that are resident, shared memory, instructions in all and in the main loop, and what the loop consists of.
+
+    Parameters
+    ----------
+    geometry, device, direction, precision
+        As :func:`algorithms` takes them.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    As :func:`algorithms`.
 
     Examples
     --------

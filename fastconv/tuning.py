@@ -81,6 +81,36 @@ def key(
     return " ".join([device, direction, str(dtype), inner.data_format, channels, *words, units, precision])
 
 
+def described(entry: str) -> tuple[str, ...]:
+    """Return what a name of :func:`key` says: layer, direction, data format, dtype, threads or GPU, precision."""
+    _, direction, dtype, data_format, *words, precision = entry.split()
+    given = dict(word.split("=") for word in words if "=" in word)
+    sizes = {name: given[name].split("x") for name in _USUAL}
+    # Dimensions that lifting put in front.
+    while len(sizes["in"]) > 1 and all(values[0] == _USUAL[name] for name, values in sizes.items()):
+        sizes = {name: values[1:] for name, values in sizes.items()}
+    layer = [f"{given['n']}x{given['c']}x{'x'.join(sizes['in'])}, {given['k']} filters {'x'.join(sizes['kernel'])}"]
+    layer += [
+        f"{word} {_together(sizes[name])}"
+        for name, word in (("stride", "stride"), ("pad", "padding"), ("dilation", "dilation"))
+        if set(sizes[name]) != {_USUAL[name]}
+    ]
+    layer += [f"{given['groups']} groups"] if given["groups"] != "1" else []
+    units = f"threads {given['threads']}" if "threads" in given else " ".join(w for w in words if "=" not in w)
+    return ", ".join(layer), direction, data_format, dtype, units, precision
+
+
+# What the sizes of a dimension are that a problem does not have.
+_USUAL = {"in": "1", "kernel": "1", "stride": "1", "pad": "0+0", "dilation": "1"}
+
+
+def _together(values: list[str]) -> str:
+    """Return "2" for equal sizes, or all: "1x2"; paddings that differ before and after as "0:1"."""
+    pairs = [value.split("+") for value in values]
+    words = [before if set(rest) <= {before} else ":".join([before, *rest]) for before, *rest in pairs]
+    return words[0] if len(set(words)) == 1 else "x".join(words)
+
+
 def times(entry: str) -> Mapping[str, float]:
     """Return the measured seconds of algorithms, by name; empty if there are none."""
     return _loaded().get(entry, {})

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import cli
+from fastconv.cli.flags import NETWORKS, benchmarks
 from fastconv.geometry import DIRECTIONS
 
 check, report, timing, workloads, compare = (
-    cli._benchmarks(name) for name in ("check", "report", "timing", "workloads", "compare")
+    benchmarks(name) for name in ("check", "report", "timing", "workloads", "compare")
 )
 
 
@@ -46,7 +46,7 @@ def test_networks_have_the_published_arithmetic(network, macs, layers):
 
 
 def test_the_command_offers_every_network():
-    assert cli.NETWORKS == workloads.NETWORKS
+    assert NETWORKS == workloads.NETWORKS
 
 
 def test_layers_can_be_chosen_by_expression_and_batch():

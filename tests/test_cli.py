@@ -15,8 +15,9 @@ import pytest
 
 import fastconv
 from fastconv import cli, registry
+from fastconv.cli.flags import benchmarks
 
-compare, providers = cli._benchmarks("compare"), cli._benchmarks("providers")
+compare, providers = benchmarks("compare"), benchmarks("providers")
 
 TINY = ["--input", "2,3,8,8", "--filters", "4", "--kernel", "3", "--budget", "0.002"]
 
@@ -352,12 +353,22 @@ def test_explain_prints_the_table_of_a_layer_or_of_each_of_a_network(capsys):
     assert "--device sm_80" in refused(capsys, "explain", "--device", "sm_80", "--threads", "2")
 
 
+def test_warmup_announces_a_step_before_it_and_then_how_long_it_took(capsys, monkeypatch):
+    before = []
+    monkeypatch.setattr(
+        fastconv.info, "warm_up_steps", lambda *args: [("slow", lambda: before.append(capsys.readouterr().out))]
+    )
+    assert cli.main(["warmup"]) == 0
+    assert [text.rstrip() for text in before] == ["[1/1] slow ..."]
+    assert capsys.readouterr().out.split("\n")[0].endswith(" s")
+
+
 def test_warmup_says_where_kernels_are_kept(capsys):
     arguments = ["--operations", "max_pool2d,avg_pool2d", "--data-formats", "channels_first"]
     assert cli.main(["warmup", *arguments]) == 0
     first, second, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("max_pool2d float32 channels_first ")
-    assert second.startswith("avg_pool2d float32 channels_first ")
+    assert first.startswith("[1/2] max_pool2d float32 channels_first ... ")
+    assert second.startswith("[2/2] avg_pool2d float32 channels_first ... ")
     assert first.endswith(" s")
     assert last.startswith("2 operations ready in ")
     assert "'conv9d'" in refused(capsys, "warmup", "--operations", "conv9d")

@@ -9,7 +9,7 @@ import pytest
 from support import run_python
 
 import fastconv
-from fastconv import config
+from fastconv import config, registry
 from fastconv.errors import ArgumentError, ArgumentTypeError
 
 EXAMPLES = {
@@ -102,6 +102,7 @@ def test_a_block_holds_in_its_own_task_only():
 
 
 WRONG = [
+    ("algorithm", "wino", ArgumentError, "algorithm must be one of 'auto', 'tune', 'direct', .*'fft', .* not 'wino'"),
     ("algorithm", 3, ArgumentTypeError, "algorithm must be a string, not 3"),
     ("precision", "exact", ArgumentError, "precision must be one of 'highest', 'high', 'medium', not 'exact'"),
     ("precision", 1, ArgumentTypeError, "precision must be one of 'highest', 'high', 'medium', not 1"),
@@ -138,12 +139,39 @@ def test_an_unknown_option_is_refused():
         ("threads", "0", "FASTCONV_THREADS must be at least 1, not 0"),
         ("workspace_limit", "1GB", "FASTCONV_WORKSPACE_LIMIT must be an integer, not '1GB'"),
         ("precision", "exact", "FASTCONV_PRECISION must be one of"),
+        ("algorithm", "wino", "FASTCONV_ALGORITHM must be one of 'auto', .* not 'wino'"),
+        ("poison", "perhaps", "FASTCONV_POISON must be one of 1, true, .* not 'perhaps'"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(option, text, message, monkeypatch):
     monkeypatch.setenv(f"FASTCONV_{option.upper()}", text)
     with pytest.raises(ArgumentError, match=message):
         config.get(option)
+
+
+def test_a_wrong_environment_variable_is_told_at_import():
+    script = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastconv
+print(*(w.message for w in caught), sep="\\n")
+print("numba" in sys.modules)
+"""
+    printed = run_python(script, FASTCONV_ALGORITHM="wino", FASTCONV_PRECISION="high").splitlines()
+    assert printed[0].startswith("FASTCONV_ALGORITHM must be one of 'auto', ")
+    assert printed[0].endswith("not 'wino'; calls that depend on it will fail")
+    assert printed[1:] == ["False"]
+
+
+def test_names_that_a_device_knows_or_that_were_registered_are_options():
+    with fastconv.options(algorithm="implicit_gemm_tf32x3"), pytest.raises(ArgumentError, match="must be one of"):
+        config.algorithm = "odd"
+    registry.register(registry.Algorithm("odd", "cpu", "odd"))
+    try:
+        config.algorithm = "odd"
+    finally:
+        registry.unregister("odd", "cpu")
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False), ("No", False), ("", False)])

@@ -13,14 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastconv import cli, device_arrays, registry
+from fastconv import device_arrays, registry
+from fastconv.cli.flags import benchmarks
 from fastconv.geometry import DIRECTIONS
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba_cuda", reason="the kernels are compiled by numba-cuda")
 from fastconv.cuda import launch, run  # noqa: E402
 
-gpu_check, gpu_bench, gpu_look = (cli._benchmarks(name) for name in ("gpu_check", "gpu_bench", "gpu_look"))
+gpu_check, gpu_bench, gpu_look = (benchmarks(name) for name in ("gpu_check", "gpu_bench", "gpu_look"))
 import gpu  # noqa: E402  # of tests/cuda, which gpu_look adds to the path
 
 hardware = gpu_look.hardware

@@ -127,12 +127,28 @@ print(before, compiled())
         ({"operations": "conv2d"}, fastconv.ArgumentTypeError, "operations must be a sequence of names"),
         ({"dtypes": ["int8"]}, fastconv.DTypeError, "dtypes must be among .* not 'int8'"),
         ({"dtypes": ["single precision"]}, fastconv.DTypeError, "not 'single precision'"),
+        ({"algorithms": "fft"}, fastconv.ArgumentTypeError, "algorithms must be a sequence of names"),
+        ({"algorithms": ["wino"]}, fastconv.ArgumentError, "algorithms must be one of 'auto', .* not 'wino'"),
         ({"data_formats": ["NCHW"]}, fastconv.ArgumentError, "data_formats must be one of .* not 'NCHW'"),
     ],
 )
 def test_warmup_refuses_what_it_does_not_know(arguments, error, message):
     with pytest.raises(error, match=message):
         fastconv.warmup(**arguments)
+
+
+def test_only_the_algorithms_asked_for_are_warmed_up(monkeypatch):
+    ran = set()
+    convolve = fastconv.conv2d
+    monkeypatch.setattr(fastconv, "conv2d", lambda *a, **how: ran.add(how["algorithm"]) or convolve(*a, **how))
+    fastconv.warmup(["conv2d"], data_formats=["channels_first"], algorithms=["direct", "direct_small"])
+    assert ran == {"direct", "direct_small"}
+    ran.clear()
+    fastconv.warmup(["conv2d"], data_formats=["channels_first"], algorithms=["auto"])
+    geometry = fastconv.ConvGeometry.create((8, 64, 32, 32), (64, 64, 3, 3))
+    (taken,) = (c.name for c in fastconv.algorithms(geometry) if c.chosen)
+    assert taken in ran
+    assert ran < {c.name for c in fastconv.algorithms(geometry) if c.supported} | {"direct_small", "depthwise"}
 
 
 class Nvml:

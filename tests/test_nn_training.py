@@ -145,6 +145,11 @@ def test_history_holds_means_over_samples_and_goes_on():
     assert len(history.seconds) == len(history.images_per_second) == 3
 
 
+def test_a_prediction_needs_an_array():
+    with pytest.raises(fastconv.ArgumentTypeError, match="x must be a NumPy array, not list"):
+        nn.predict(linear(), [[1.0] * 4])
+
+
 def test_evaluation_and_prediction_use_evaluation_mode_and_put_modes_back():
     model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5), nn.BatchNorm1d(2))
     model[2].eval()
@@ -241,6 +246,30 @@ def test_wrong_arguments_are_named(how, message):
 def test_what_is_no_loss_or_no_pair_is_refused(how, message):
     with pytest.raises(fastconv.ArgumentTypeError, match=message):
         quick(**how)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3), nn.MaxPool2d(2), nn.Sequential(nn.ReLU(), nn.Conv2d(6, 4, 3))])
+def test_images_without_channels_are_no_single_image(layer):
+    x, y = np.zeros((6, 8, 8), np.float32), np.zeros(6, np.int64)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4, 2))
+    name = "MaxPool2d" if isinstance(layer, nn.MaxPool2d) else "Conv2d"
+    message = rf"x must have 4 dimensions, .* for {name}, not shape \(6, 8, 8\); x\[:, None\] adds"
+    for call in (lambda: quick(model, x, y), lambda: nn.evaluate(model, x, y), lambda: nn.predict(model, x)):
+        with pytest.raises(fastconv.ShapeError, match=message):
+            call()
+    x, y = np.zeros((9, 4, 8, 8), np.float32), np.zeros(9, np.int64)
+    last = nn.Sequential(nn.Conv3d(8, 4, 3, data_format="channels_last"))
+    with pytest.raises(fastconv.ShapeError, match=r"x\[\.\.\., None\] adds"):
+        quick(last, x, y)
+
+
+def test_a_model_may_add_the_channels_itself():
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x[:, None])
+
+    model = Model(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    assert nn.predict(model, np.zeros((6, 4, 4), np.float32)).shape == (6, 2)
 
 
 def test_an_optimizer_of_another_model_is_refused():

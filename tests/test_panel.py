@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import cli, config, registry, tuning
+from fastconv import config, registry, tuning
+from fastconv.cli.flags import benchmarks
 from fastconv.geometry import DATA_FORMATS, DIRECTIONS
 
 pytest.importorskip("torch")
 panel, cells, summary, timing, workloads, readme = (
-    cli._benchmarks(name) for name in ("panel", "cells", "summary", "timing", "workloads", "readme")
+    benchmarks(name) for name in ("panel", "cells", "summary", "timing", "workloads", "readme")
 )
 
 TINY = workloads.Workload("tiny", "3x3", (2, 3, 8, 8), (4, 3, 3, 3))
@@ -347,7 +348,8 @@ def test_the_readme_shows_means_targets_and_both_ends_and_a_file_every_layer_wit
     }
     text, every = readme.panel(results, "panel-abacus.json"), readme.layers(results, "panel-abacus.json")
     assert "| layer | forward | input_grad | weight_grad |" in every
-    assert "| net layer | 2.00 |  | **0.50** |" in every
+    assert "| net layer | 2.00 | not timed | **0.50** |" in every
+    assert "| mnist | 2.00 | - |" in every.split("| training step |")[1]
     assert "- slower than PyTorch: 1 of 3 cells at highest (in bold; " in text
     assert "| net layer weight_grad | **0.50** | net layer forward | 2.00 |" in text
     assert "- training mnist, highest: 128,000 images/s, PyTorch 64,000" in text

@@ -1,5 +1,6 @@
 """The README says what is so."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -8,19 +9,50 @@ from pathlib import Path
 import pytest
 
 import fastconv
+from fastconv import config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_figures_are_those_of_the_committed_results():
+def benchmarks(module):
     sys.path.insert(0, str(ROOT))
     try:
-        from benchmarks import readme
+        return importlib.import_module(f"benchmarks.{module}")
     finally:
         sys.path.remove(str(ROOT))
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    readme = benchmarks("readme")
     assert readme.rendered(README) == README
     assert readme.every_layer() == readme.LAYERS.read_text()
+
+
+def test_the_page_of_functions_is_that_of_the_docstrings():
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'fastconv[torch]'")
+    api = benchmarks("api")
+    assert api.page() == api.FILE.read_text(), "python -m benchmarks.api writes it anew"
+
+
+def test_the_page_of_functions_has_every_public_name_and_a_line_for_each():
+    page = (ROOT / "API.md").read_text()
+    for name in ("conv1d", "max_pool3d", *fastconv.__all__, *fastconv.nn.__all__):
+        value = getattr(fastconv, name, None) or getattr(fastconv.nn, name)
+        if callable(value):
+            assert f"`{re.sub('[13]d', '2d', name)}" in page
+    assert all(line.split(": ", 1)[1] for line in page.splitlines() if line.startswith("- "))
+
+
+def test_the_table_of_options_has_all_with_their_defaults_and_every_variable():
+    rows = re.findall(r"^\| `(\w+)` \| `(FASTCONV_\w+)` \| `([^`]+)` \|", README, re.M)
+    names = {name: f"FASTCONV_{name.upper()}" for name in config.DEFAULTS}
+    assert {name: variable for name, variable, _ in rows} == names
+    assert {name: eval(default) for name, _, default in rows} == config.DEFAULTS
+    source = "".join(path.read_text() for path in (ROOT / "fastconv").rglob("*.py"))
+    read = set(re.findall(r"""environ(?:\.get\(|\[)"(FASTCONV_\w+)""", source))
+    assert read
+    assert read | set(names.values()) == set(re.findall(r"^\|[^|]*\| `(FASTCONV_\w+)` \|", README, re.M))
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))

@@ -14,7 +14,7 @@ PACKAGE = Path(fastconv.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 KERNELS = [path for path in FILES if path.parts[0] in ("cpu", "cuda")]
 # The modules whose business other array libraries are.
-BRIDGES = {"arrays.py", "device_arrays.py", "torch", "jax.py", "info.py", "cli.py", "__main__.py"}
+BRIDGES = {"arrays.py", "device_arrays.py", "torch", "jax.py", "info.py", "cli", "__main__.py"}
 LIBRARIES = ("cupy", "torch", "jax")
 
 every_file = pytest.mark.parametrize("path", FILES, ids=str)
@@ -135,6 +135,19 @@ def test_docstrings_of_operations_are_about_their_own_number_of_dimensions(name,
     if name[-2:] in ("1d", "2d", "3d") and not isinstance(value, type):
         assert value.__name__ == name
         assert "dims" not in inspect.signature(value).parameters
+
+
+OPERATIONS = [name for name in fastconv.__all__ if "2d" in name or name in ("unfold", "fold")]
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "algorithms", "explain", "warmup", "options"])
+def test_docstrings_of_functions_say_what_they_take_give_and_refuse(name):
+    text = inspect.getdoc(getattr(fastconv, name))
+    sections = ["Parameters", "Returns", "Raises", "Examples"]
+    for section in sections if name not in ("warmup", "options") else ["Parameters", "Raises", "Examples"]:
+        assert f"\n{section}\n{'-' * len(section)}\n" in text
+    if name in OPERATIONS and not name.endswith("_backward"):
+        assert "float" in text or "dtype" in text
 
 
 def example_modules():

@@ -351,12 +351,44 @@ def test_the_command_measures_shows_and_forgets(capsys, measured):
     assert taken() == "im2col"
     assert cli.main(["tune", "--show", "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 4
-    assert all(line.split()[:3] == ["im2col", "0.002", "ms"] for line in out.splitlines())
+    header, *lines = out.splitlines()
+    assert header.startswith("layer ")
+    assert header.endswith("  ms, the fastest first")
+    assert len(lines) == 4
+    layer = "2x4x9x9, 4 filters 3x3"
+    assert lines[0].split("  ")[:2] == [layer, "forward"]
+    assert all(line.startswith(layer) and "  im2col 0.002, " in line for line in lines)
     assert cli.main(["tune", "--clear"]) == 0
     assert capsys.readouterr().out.startswith("forgot 4 convolutions of ")
     assert tuning.count() == 0
     assert saved() == {}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({}, "2x4x8x8, 6 filters 3x3"),
+        ({"stride": 2, "padding": 1, "groups": 2}, "2x4x8x8, 6 filters 3x3, stride 2, padding 1, 2 groups"),
+        (
+            {"stride": (1, 2), "padding": ((0, 1), (2, 2)), "dilation": 2},
+            "2x4x8x8, 6 filters 3x3, stride 1x2, padding 0:1x2, dilation 2",
+        ),
+    ],
+)
+def test_what_was_measured_is_told_in_words(how, words):
+    g = fastconv.ConvGeometry.create((2, 4, 8, 8), (6, 4 // how.get("groups", 1), 3, 3), **how)
+    inner = selection.lifted(g, g.data_format)
+    here = tuning.key(inner, g.dtype, "forward", "cpu", 2, "high")
+    there = tuning.key(inner, g.dtype, "forward", "cuda", "sm_90a", "high", "NVIDIA H200")
+    assert tuning.described(here) == (words, "forward", "channels_first", "float32", "threads 2", "high")
+    assert tuning.described(there)[4] == "sm_90a NVIDIA_H200"
+
+
+def test_a_line_of_pixels_has_one_dimension_and_a_single_pixel_too():
+    for length in (9, 1):
+        g = fastconv.ConvGeometry.create((1, 4, length), (6, 4, 1))
+        entry = tuning.key(selection.lifted(g, g.data_format), g.dtype, "forward", "cpu", 1, "high")
+        assert tuning.described(entry)[0] == f"1x4x{length}, 6 filters 1"
 
 
 def test_the_command_takes_a_network_and_what_auto_depends_on(capsys, measured):

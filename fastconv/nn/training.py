@@ -23,12 +23,16 @@ import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError, ShapeError
 from ..geometry import integer
+from .activations import Elementwise
 from .callbacks import Callback, ProgressBar
+from .containers import Sequential
+from .convolution import _Conv
 from .losses import CrossEntropyLoss, Loss
 from .metrics import named_metrics
 from .module import Array, Module, evaluating
 from .optim import Optimizer
 from .penalty import Penalty
+from .pooling import _Pool
 from .rng import generator
 
 
@@ -132,7 +136,7 @@ class Trainer:
         verbose: int = 1,
     ) -> History:
         """Train for some epochs; arguments as :func:`fit`. A second call goes on where the first ended."""
-        x, y, validation_data = _split(x, y, validation_data, validation_split)
+        x, y, validation_data = _split(self.model, x, y, validation_data, validation_split)
         batch_size = integer("batch_size", batch_size, 1)
         first, rng = len(self.history.epoch), generator(seed)
         self.epochs = first + integer("epochs", epochs, 0)
@@ -249,8 +253,23 @@ def fit(
 def evaluate(
     model: Module, x: Array, y: Array, *, loss: Loss | None = None, metrics: Any = (), batch_size: int = 256
 ) -> dict[str, float]:
-    """Return the mean loss and metrics of a model in evaluation mode, as {"loss": ..., "accuracy": ...}."""
-    _check_samples(x, y)
+    """Return the mean loss and metrics of a model in evaluation mode, as {"loss": ..., "accuracy": ...}.
+
+    Parameters
+    ----------
+    model, x, y, loss, metrics
+        As :func:`fit` takes them.
+    batch_size : int, default 256
+
+    Returns
+    -------
+    dict of float
+
+    Raises
+    ------
+    ShapeError, ArgumentError, ArgumentTypeError
+    """
+    _check_samples(model, x, y)
     criterion = _checked_loss(loss)
     measured, totals = named_metrics(metrics), _Means()
     with evaluating(model):
@@ -262,7 +281,24 @@ def evaluate(
 
 
 def predict(model: Module, x: Array, *, batch_size: int = 256) -> Array:
-    """Return the output of a model in evaluation mode, for any number of samples: one batch is held at a time."""
+    """Return the output of a model in evaluation mode, for any number of samples: one batch is held at a time.
+
+    Parameters
+    ----------
+    model : Module
+    x : array with one sample per row
+        Batches are converted to the dtype of the model's parameters, without scaling.
+    batch_size : int, default 256
+
+    Returns
+    -------
+    array with one sample per row, of the model's dtype
+
+    Raises
+    ------
+    ShapeError, ArgumentError, ArgumentTypeError
+    """
+    _check_input(model, x)
     batch_size = integer("batch_size", batch_size, 1)
     with evaluating(model):
         parts = (model(a) for a, _ in _batches(model, x, x, batch_size, None))
@@ -309,9 +345,9 @@ def _converted(model: Module, x: Array) -> Array:
 
 
 def _split(
-    x: Array, y: Array, validation_data: tuple[Array, Array] | None, validation_split: float
+    model: Module, x: Array, y: Array, validation_data: tuple[Array, Array] | None, validation_split: float
 ) -> tuple[Array, Array, tuple[Array, Array] | None]:
-    _check_samples(x, y)
+    _check_samples(model, x, y)
     if not 0 <= validation_split < 1:
         raise ArgumentError(f"validation_split must be at least 0 and below 1, not {validation_split!r}")
     if validation_data is not None:
@@ -319,7 +355,7 @@ def _split(
             raise ArgumentError("validation_data and validation_split say the same thing; give one")
         if not isinstance(validation_data, (tuple, list)) or len(validation_data) != 2:
             raise ArgumentTypeError(f"validation_data must be (x, y), not {type(validation_data).__name__}")
-        _check_samples(*validation_data)
+        _check_samples(model, *validation_data)
     held = int(len(x) * validation_split)
     if held:
         return x[:-held], y[:-held], (x[-held:], y[-held:])
@@ -335,9 +371,32 @@ def _checked_loss(loss: Any) -> Loss:
     return loss
 
 
-def _check_samples(x: Any, y: Any) -> None:
-    for name, array in (("x", x), ("y", y)):
-        if not isinstance(array, np.ndarray):
-            raise ArgumentTypeError(f"{name} must be a NumPy array, not {type(array).__name__}")
+def _check_samples(model: Module, x: Any, y: Any) -> None:
+    _check_input(model, x)
+    _check_array("y", y)
     if len(x) != len(y) or not len(x):
         raise ShapeError(f"x and y must have the same number of samples, at least one, not {len(x)} and {len(y)}")
+
+
+def _check_array(name: str, array: Any) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ArgumentTypeError(f"{name} must be a NumPy array, not {type(array).__name__}")
+
+
+def _check_input(model: Module, x: Any) -> None:
+    """Refuse images without a channel axis: a layer would take a batch of them for one image of many channels."""
+    _check_array("x", x)
+    layer = _entrance(model)
+    if isinstance(layer, (_Conv, _Pool)) and x.ndim == layer.dims + 1:
+        one = "x[:, None]" if layer.data_format == "channels_first" else "x[..., None]"
+        raise ShapeError(
+            f"x must have {layer.dims + 2} dimensions, samples and channels among them, for {type(layer).__name__}, "
+            f"not shape {x.shape}; {one} adds an axis of one channel"
+        )
+
+
+def _entrance(module: Module) -> Module | None:
+    """Return the layer that sees the input as it is given, where that shows."""
+    if not isinstance(module, Sequential) or type(module).forward is not Sequential.forward:
+        return module
+    return next((found for found in map(_entrance, module) if not isinstance(found, Elementwise)), None)

@@ -100,9 +100,12 @@ def convNd(
     Examples
     --------
     >>> import numpy as np, fastconv
-    >>> x, w = np.arange(1.0, 6.0).reshape(1, 1, 5), np.array([[[1.0, 0.0, -1.0]]])
-    >>> fastconv.conv1d(x, w)
-    array([[[-2., -2., -2.]]])
+    >>> x, w = np.arange(16.0).reshape(1, 1, 4, 4), np.ones((1, 1, 3, 3))
+    >>> fastconv.conv2d(x, w)
+    array([[[[45., 54.],
+             [81., 90.]]]])
+    >>> fastconv.conv1d(x[0, :, :1], w[0, :, :1], padding="same", algorithm="im2col")
+    array([[[1., 3., 6., 5.]]])
     """
     key = None
     if out is None:
@@ -150,6 +153,9 @@ def convNd_backward(
     precision: str | None = None,
 ) -> ConvGrads:
     """Compute the gradients of :func:`convNd` (without activation).
+
+    Behind an activation multiply grad_output by its derivative first, from the output y: ``y > 0`` for "relu",
+    ``y * (1 - y)`` for "sigmoid", ``1 - y * y`` for "tanh".
 
     Parameters
     ----------

@@ -19,6 +19,7 @@ def unfold(x: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride
     Parameters
     ----------
     x : array (N, C, *spatial); N may be absent
+        float32, float64, float16 or bfloat16.
     kernel_size : int or one per spatial dimension
         An int means two spatial dimensions, as in PyTorch; a sequence of one to three ints means that many.
     dilation, stride : int or one per spatial dimension
@@ -26,7 +27,7 @@ def unfold(x: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride
 
     Returns
     -------
-    array (N, C*prod(kernel_size), L)
+    array (N, C*prod(kernel_size), L) of x's dtype
         Rows in the order (channel, kernel position), L = prod(output sizes) columns in scan order.
 
     Raises
@@ -58,6 +59,7 @@ def fold(cols: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, paddi
     Parameters
     ----------
     cols : array (N, C*prod(kernel_size), L); N may be absent
+        float32, float64, float16 or bfloat16.
     output_size : int or one per spatial dimension
         The spatial extent of the image.
     kernel_size, dilation, padding, stride
@@ -65,7 +67,7 @@ def fold(cols: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, paddi
 
     Returns
     -------
-    array (N, C, *output_size)
+    array (N, C, *output_size) of cols' dtype
 
     Raises
     ------

@@ -56,7 +56,7 @@ def max_poolNd(
 
     Returns
     -------
-    array (N, C, *output), or (maxima, indices)
+    array (N, C, *output) of x's dtype, or (maxima, indices)
         indices : int64, flat over the plane's spatial extent. Of equal maxima the first in scan order counts; NaN
         wins over all numbers (the last NaN, as in PyTorch); -1 where a window lies wholly in padding.
 
@@ -64,9 +64,16 @@ def max_poolNd(
     ------
     ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
 
+    Notes
+    -----
+    Dumoulin & Visin, "A guide to convolution arithmetic for deep learning", 2016, section 3.
+
     Examples
     --------
     >>> import numpy as np, fastconv
+    >>> fastconv.max_pool2d(np.arange(16.0).reshape(1, 1, 4, 4), 2)
+    array([[[[ 5.,  7.],
+             [13., 15.]]]])
     >>> fastconv.max_pool1d(np.array([[1.0, 3.0, 2.0, 5.0]]), 2, return_indices=True)
     (array([[3., 5.]]), array([[1, 3]]))
     """
@@ -93,13 +100,18 @@ def adaptive_max_poolNd(
     Parameters
     ----------
     x : array (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
+        float32, float64, float16 or bfloat16.
     output_size : int or one per spatial dimension
         In 2-D and 3-D an entry of None keeps the input's size.
     return_indices : bool
 
     Returns
     -------
-    array (N, C, *output_size), or (maxima, indices) as max_poolNd
+    array (N, C, *output_size) of x's dtype, or (maxima, indices) as max_poolNd
+
+    Raises
+    ------
+    ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
 
     Examples
     --------
@@ -149,12 +161,12 @@ def max_poolNd_backward(
 
     Returns
     -------
-    array of shape `input_shape`
+    array of shape `input_shape` and grad_output's dtype
 
     Raises
     ------
-    ArgumentError
-        If an index is outside the plane.
+    ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
+        ArgumentError too if an index is outside the plane.
 
     Examples
     --------
@@ -190,6 +202,20 @@ def adaptive_max_poolNd_backward(
 ) -> Any:
     """Return the gradient of adaptive_max_poolNd with respect to its input; as :func:`max_poolNd_backward`.
 
+    Parameters
+    ----------
+    grad_output : array, of the output's shape
+    indices : int64 array of the same shape, as adaptive_max_poolNd returned it
+    input_shape : shape of x
+
+    Returns
+    -------
+    array of shape `input_shape` and grad_output's dtype
+
+    Raises
+    ------
+    As max_poolNd_backward.
+
     Examples
     --------
     >>> import numpy as np, fastconv
@@ -215,6 +241,7 @@ def max_unpoolNd(
     Parameters
     ----------
     x : array (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
+        float32, float64, float16 or bfloat16.
     indices : int64 array of x's shape, flat over the output's spatial extent
         Of equal indices the last in scan order wins.
     kernel_size, stride, padding
@@ -224,12 +251,16 @@ def max_unpoolNd(
 
     Returns
     -------
-    array (N, C, *output)
+    array (N, C, *output) of x's dtype
 
     Raises
     ------
-    ArgumentError
-        If an index is outside the output.
+    ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
+        ArgumentError too if an index is outside the output.
+
+    Notes
+    -----
+    Zeiler & Fergus, "Visualizing and understanding convolutional networks", 2014.
 
     Examples
     --------
@@ -261,7 +292,11 @@ def max_unpoolNd_backward(dims: int, grad_output: Any, indices: Any, *, data_for
 
     Returns
     -------
-    array of the indices' shape
+    array of the indices' shape and grad_output's dtype
+
+    Raises
+    ------
+    As max_unpoolNd.
 
     Examples
     --------
@@ -314,17 +349,22 @@ def avg_poolNd(
 
     Returns
     -------
-    array (N, C, *output)
+    array (N, C, *output) of x's dtype
 
     Raises
     ------
     ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
 
+    Notes
+    -----
+    Dumoulin & Visin, "A guide to convolution arithmetic for deep learning", 2016, section 3.
+
     Examples
     --------
     >>> import numpy as np, fastconv
-    >>> fastconv.avg_pool1d(np.array([[1.0, 3.0, 2.0, 5.0]]), 2)
-    array([[2. , 3.5]])
+    >>> fastconv.avg_pool2d(np.arange(16.0).reshape(1, 1, 4, 4), 2)
+    array([[[[ 2.5,  4.5],
+             [10.5, 12.5]]]])
     """
     arguments = (
         "avg_pool", dims, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation,
@@ -372,7 +412,11 @@ def avg_poolNd_backward(
 
     Returns
     -------
-    array of shape `input_shape`
+    array of shape `input_shape` and grad_output's dtype
+
+    Raises
+    ------
+    As avg_poolNd.
 
     Examples
     --------
@@ -404,12 +448,21 @@ def adaptive_avg_poolNd(dims: int, x: Any, output_size: Any, *, data_format: str
     Parameters
     ----------
     x : array (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
+        float32, float64, float16 or bfloat16.
     output_size : int or one per spatial dimension
         In 2-D and 3-D an entry of None keeps the input's size.
 
     Returns
     -------
-    array (N, C, *output_size)
+    array (N, C, *output_size) of x's dtype
+
+    Raises
+    ------
+    ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
+
+    Notes
+    -----
+    He et al., "Spatial pyramid pooling in deep convolutional networks for visual recognition", 2014.
 
     Examples
     --------
@@ -443,7 +496,11 @@ def adaptive_avg_poolNd_backward(
 
     Returns
     -------
-    array of shape `input_shape`
+    array of shape `input_shape` and grad_output's dtype
+
+    Raises
+    ------
+    As adaptive_avg_poolNd.
 
     Examples
     --------
@@ -486,6 +543,7 @@ def lp_poolNd(
     Parameters
     ----------
     x : array (N, C, *spatial), or (N, *spatial, C) with data_format="channels_last"; N may be absent
+        float32, float64, float16 or bfloat16.
     norm_type : float
         p, not zero. math.inf gives the largest magnitude, -math.inf the smallest.
     kernel_size, stride, ceil_mode, padding, dilation
@@ -493,7 +551,15 @@ def lp_poolNd(
 
     Returns
     -------
-    array (N, C, *output)
+    array (N, C, *output) of x's dtype
+
+    Raises
+    ------
+    ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
+
+    Notes
+    -----
+    Sermanet, Chintala & LeCun, "Convolutional neural networks applied to house numbers digit classification", 2012.
 
     Examples
     --------
@@ -536,7 +602,11 @@ def lp_poolNd_backward(
 
     Returns
     -------
-    array of x's shape
+    array of x's shape and dtype
+
+    Raises
+    ------
+    As lp_poolNd.
 
     Examples
     --------

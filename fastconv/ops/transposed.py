@@ -70,7 +70,7 @@ def conv_transposeNd(
 
     Returns
     -------
-    array (N, K, *output) or (N, *output, K)
+    array (N, K, *output) or (N, *output, K), of x's library and dtype
 
     Raises
     ------
@@ -123,6 +123,8 @@ def conv_transposeNd_backward(
     precision: str | None = None,
 ) -> ConvGrads:
     """Compute the gradients of :func:`conv_transposeNd` (without activation).
+
+    Behind an activation multiply grad_output by its derivative first, as convNd_backward says.
 
     Parameters
     ----------
