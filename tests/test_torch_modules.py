@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from support import normal
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import fastconv
 import fastconv.torch as ft
@@ -390,8 +390,45 @@ def test_a_converted_model_may_compute_its_forward_pass_again(reentrant):
     model, x = mixed(), image(2, 1, 12, 12).requires_grad_()
     (wanted,) = torch.autograd.grad(model(x).sum(), x)
     ft.convert(model)
-    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
     torch.testing.assert_close(x.grad, wanted)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_block_computes_again_what_it_computed(inside):
+    """`torch.utils.checkpoint` compares what the two passes save, and PyTorch's pools save other tensors."""
+    pools = nn.MaxPool2d(2), nn.AvgPool2d(2), nn.LPPool2d(2, 2), nn.AdaptiveMaxPool2d(7), nn.AdaptiveAvgPool2d(6)
+    for pool in pools:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), pool, nn.ReLU(), nn.Conv2d(4, 2, 3))
+        x = image(2, 1, 18, 18).requires_grad_()
+        (wanted,) = torch.autograd.grad(model(x).exp().sum(), x)
+        with ft.enabled() as outer, ft.enabled() as found:
+            loss = checkpoint(model, x, use_reentrant=False).exp().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        torch.testing.assert_close(x.grad, wanted)
+        # It stops when all is saved, in the last one.
+        assert found.routed["conv2d"] == 3
+        assert not found.left
+        assert not outer.left
+
+
+def test_a_block_in_a_checkpoint_is_entered_again_by_it_alone():
+    blocks, pool = [], nn.MaxPool2d(2)
+
+    def model(x):
+        with ft.enabled() as found:
+            y = F.conv2d(x, w)
+        blocks.append(found)
+        return checkpoint(lambda y: F.relu(pool(y)).exp(), pool(y), use_reentrant=False).sum()
+
+    x, w = image(1, 1, 12, 12).requires_grad_(), image(2, 1, 3, 3)
+    (wanted,) = torch.autograd.grad(model(x), x)
+    (found,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False), x)
+    torch.testing.assert_close(found, wanted)
+    assert all(block.routed == {"conv2d": 1} for block in blocks)
 
 
 def test_a_block_is_its_threads_alone_and_threads_work_at_once():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import _CheckpointFrame
 
 from .. import registry, selection
 from ..errors import FastconvError, UnsupportedError
@@ -21,9 +24,10 @@ class enabled(TorchFunctionMode):
     """Compute every convolution and pool inside the block with fastconv, forward and backward.
 
     Whatever module or function a convolution or pool comes from, the model stays as it is. What fastconv cannot do,
-    PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python:
-    not TorchScript, nor what `torch.utils.checkpoint` computes again, in the backward pass. There, and to compile a
-    model, :func:`convert` it. A backward pass may come after the block.
+    PyTorch does, and the report says why. The block is its thread's alone, and reaches what is called from Python, not
+    TorchScript. A backward pass may come after the block. What `torch.utils.checkpoint` computes again in it, it does
+    as it did in the block, which counts it again; with use_reentrant=True, PyTorch does. To compile a model,
+    :func:`convert` it.
 
     Blocks may be nested: the innermost is the first to try, and what it leaves goes to the next one. A block counts
     what was computed inside it, by blocks within too once they end, and what it left itself.
@@ -57,17 +61,17 @@ class enabled(TorchFunctionMode):
         self.algorithm, self.precision = algorithm, precision
         self.routed: Counter[str] = Counter()
         self.left: Counter[tuple[str, str]] = Counter()
-        # The blocks around this one, and what it had computed when it was entered.
-        self._outer: list[tuple[enabled | None, Counter[str]]] = []
+        # Whenever it was entered, the block around it, what it had computed, and the checkpoint that it is in.
+        self._outer: list[tuple[enabled | None, Counter[str], Any]] = []
 
     def __enter__(self) -> enabled:
         blocks = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, enabled)]
-        self._outer.append((blocks[-1] if blocks else None, Counter(self.routed)))
+        self._outer.append((blocks[-1] if blocks else None, Counter(self.routed), _checkpoint()))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        outer, before = self._outer.pop()
+        outer, before, _ = self._outer.pop()
         if outer is not None and outer is not self:
             outer.routed += self.routed - before
 
@@ -77,6 +81,8 @@ class enabled(TorchFunctionMode):
         if found is None:
             return function(*args, **kwargs)
         name, route = found
+        if not torch.compiler.is_compiling():
+            self._keep_checkpoint()
         try:
             result = route(self, *args, **kwargs)
         except FastconvError as error:
@@ -85,6 +91,20 @@ class enabled(TorchFunctionMode):
             return function(*args, **kwargs)
         self.routed[name] += 1
         return result
+
+    def _keep_checkpoint(self) -> None:
+        """Have a checkpoint that began in the block compute again in it, or PyTorch would find other saved tensors."""
+        checkpoint = _checkpoint()
+        if checkpoint is None or checkpoint is self._outer[-1][2]:
+            return
+        blocks = vars(checkpoint).setdefault("_fastconv_blocks", [])
+        if self not in blocks:
+            blocks.append(self)
+            checkpoint.recompute_fn = partial(self._compute_again, checkpoint.recompute_fn)
+
+    def _compute_again(self, function: Callable[..., Any], *args: Any) -> Any:
+        with nullcontext() if self in _get_current_function_mode_stack() else self:
+            return function(*args)
 
     def __str__(self) -> str:
         return self.report()
@@ -97,6 +117,13 @@ class enabled(TorchFunctionMode):
             return "no convolution or pool was called from Python inside the block"
         width = max(len(row[0]) for row in rows)
         return "\n".join(f"{name:<{width}}  {count}  {who}" for name, count, who in rows)
+
+
+def _checkpoint() -> Any:
+    """Return what `torch.utils.checkpoint` knows of the call that it saves tensors of at present, if it does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    cells = () if hooks is None else getattr(hooks[0], "__closure__", None) or ()
+    return next((c.cell_contents for c in cells if isinstance(c.cell_contents, _CheckpointFrame)), None)
 
 
 # --- routes: PyTorch's functions, with its parameters ----------------------------------------------------------
