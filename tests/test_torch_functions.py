@@ -634,22 +634,34 @@ def stride_differs(dims, form, name):
     ("dims", "form"),
     [(dims, form) for form in FORMATS for dims in (1, 2, 3) if dims > 1 or not form.startswith("one ")],
 )
-def test_strides_are_pytorchs(dims, form):
+def test_strides_are_pytorchs_and_what_requires_grad(dims, form):
     given = FORMATS[form](tensor("x", shape=(2, 4, *EXTENTS[:dims]), dtype="float32", grad=False))
     for name, function in strided(dims, given.shape[-dims - 1]):
         if stride_differs(dims, form, name):
             continue
-        for grad in (False, True):
+        for grad, graph in ((False, False), (True, False), (True, True)):
             x, results = given.detach().requires_grad_(grad), []
             for block in (nullcontext(), ft.enabled()):
                 with block:
                     y = function(x)
                 parts = y if isinstance(y, tuple) else (y,)
                 if grad and form != "nothing":
-                    parts += torch.autograd.grad(parts[0], x, torch.ones(parts[0].shape))
-                results.append([p.stride() for p in parts])
+                    parts += torch.autograd.grad(parts[0], x, torch.ones(parts[0].shape), create_graph=graph)
+                results.append([(p.stride(), p.requires_grad) for p in parts])
             assert block.routed, (name, block.report())
-            assert results[1] == results[0], (name, grad)
+            assert results[1] == results[0], (name, grad, graph)
+
+
+@pytest.mark.parametrize("name", ["max", "avg", "adaptive avg", "adaptive max"])
+def test_the_second_gradient_of_a_pools_sum_is_zero(name):
+    function = dict(strided(2, 4))[name]
+    x = tensor("x", shape=(2, 4, 7, 6), dtype="float32")
+    with ft.enabled():
+        y = function(x)
+    (dx,) = torch.autograd.grad((y[0] if isinstance(y, tuple) else y).sum(), x, create_graph=True)
+    x.data[:] = torch.nan
+    (found,) = torch.autograd.grad(dx.square().sum(), x)
+    assert not found.any()
 
 
 def test_results_of_one_dimension_are_contiguous_as_those_of_pytorch():

@@ -1,7 +1,7 @@
 """Pools for PyTorch: max, average, Lp and adaptive ones, unpooling, and their gradients.
 
 What a gradient needs beside the gradient of the output is little: where the maxima were, or only how large the input
-was. So an average keeps nothing of its input.
+was. The input is kept all the same, as PyTorch does: with create_graph=True the gradient depends on it, if only by 0.
 """
 
 from __future__ import annotations
@@ -116,18 +116,39 @@ def _set_up_input(ctx: Any, inputs: How, output: Any) -> None:
 
 def _max_backward(ctx: Any, saved: Any, grad: Any) -> How:
     (x,) = saved
-    return (SCATTER(grad, MAX_POOL_WITH_INDICES(x, ctx.how)[1], tuple(x.shape[2:])),)
+    return (_depending(x, SCATTER(grad, MAX_POOL_WITH_INDICES(x, ctx.how)[1], tuple(x.shape[2:]))),)
+
+
+def _depending(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+    """Return the gradient as one that requires grad where PyTorch's does: a second one is then 0, and no error."""
+    if not torch.is_grad_enabled() or dx.requires_grad or not x.requires_grad:
+        return dx
+    # `torch.func` takes what does not depend for 0.
+    return dx if torch._C._are_functorch_transforms_active() else _Depending.apply(x, dx)
+
+
+class _Depending(torch.autograd.Function):
+    """What is given second, as if it depended on the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        # Returned as it is, it would become a view, of other strides.
+        return dx.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> How:
+        return torch.zeros_like(grad), grad
 
 
 def _set_up_indices(ctx: Any, inputs: How, output: Any) -> None:
-    ctx.size = tuple(inputs[0].shape[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _indices_backward(ctx: Any, saved: Any, grad: Any, _: Any) -> How:
-    return (None if grad is None else SCATTER(grad, *saved, ctx.size),)
+    x, indices = saved
+    return (None if grad is None else _depending(x, SCATTER(grad, indices, tuple(x.shape[2:]))),)
 
 
 def _picked(image: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -281,9 +302,9 @@ def _avg_gather(tensors: Tensors, flat: How) -> How:
     return tensors[0].ndim - 2, _window(flat[:5]), *flat[5:]
 
 
-def _set_up_size(ctx: Any, inputs: How, output: Any) -> None:
-    x, ctx.how = inputs
-    ctx.image = tuple(x.shape[2:]), lies_last(x)
+def _avg_backward(ctx: Any, saved: Any, grad: Any) -> How:
+    (x,) = saved
+    return (_depending(x, AVG_POOL_BACKWARD(grad, (tuple(x.shape[2:]), lies_last(x), *ctx.how))),)
 
 
 def _set_up_how(ctx: Any, inputs: How, output: Any) -> None:
@@ -319,7 +340,7 @@ _AVERAGE = f"{_WINDOW}, bool count_include_pad, int? divisor_override"
 AVG_POOL: Operation = Operation(
     f"avg_pool(Tensor x, {_AVERAGE}) -> Tensor",
     1, _avg, lambda x, how: empty_image(x, _pooled_shape(x, how[1])), _avg_flatten, _avg_gather,
-    _set_up_size, lambda ctx, saved, grad: (AVG_POOL_BACKWARD(grad, (*ctx.image, *ctx.how)),), _FIRST,
+    _set_up_input, _avg_backward, _FIRST,
 )  # fmt: skip
 AVG_POOL_BACKWARD: Operation = Operation(
     f"avg_pool_backward(Tensor grad_output, {_IMAGE}, {_AVERAGE}) -> Tensor",
@@ -346,8 +367,19 @@ def _adaptive_avg_gradient(grad: Any, how: How) -> torch.Tensor:
 
 def _set_up_adaptive(ctx: Any, inputs: How, output: Any) -> None:
     x, how = inputs
-    # One average of all is `mean` to PyTorch, whose gradient is contiguous.
-    ctx.image = tuple(x.shape[2:]), any(n != 1 for n in how) and lies_last(x)
+    # One average of all is `mean` to PyTorch, whose gradient is contiguous and depends on nothing else.
+    is_mean = all(n == 1 for n in how)
+    ctx.image = tuple(x.shape[2:]), lies_last(x) and not is_mean
+    ctx.save_for_backward(*() if is_mean else (x,))
+
+
+def _adaptive_backward(ctx: Any, saved: Any, grad: Any) -> How:
+    dx = ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.image)
+    return (_depending(saved[0], dx) if saved else dx,)
+
+
+def _set_up_size(ctx: Any, inputs: How, output: Any) -> None:
+    ctx.size = tuple(inputs[0].shape[2:])
 
 
 def _empty_sized(x: Any, how: How) -> torch.Tensor:
@@ -357,13 +389,13 @@ def _empty_sized(x: Any, how: How) -> torch.Tensor:
 ADAPTIVE_AVG_POOL: Operation = Operation(
     "adaptive_avg_pool(Tensor x, SymInt[] output_size) -> Tensor",
     1, _adaptive_avg, _empty_sized, _same_how, _one_list,
-    _set_up_adaptive, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL_BACKWARD(grad, ctx.image),), _FIRST,
+    _set_up_adaptive, _adaptive_backward, _FIRST,
 )  # fmt: skip
 ADAPTIVE_AVG_POOL_BACKWARD: Operation = Operation(
     f"adaptive_avg_pool_backward(Tensor grad_output, {_IMAGE}) -> Tensor",
     1, _adaptive_avg_gradient, _empty_gradient,
     lambda tensors, how: (list(how[0]), how[1]), lambda tensors, flat: (tuple(flat[0]), flat[1]),
-    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.image[0]),), _FIRST,
+    _set_up_size, lambda ctx, saved, grad: (ADAPTIVE_AVG_POOL(grad, ctx.size),), _FIRST,
 )  # fmt: skip
 
 
