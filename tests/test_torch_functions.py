@@ -228,6 +228,14 @@ def test_empty_batches_have_gradients():
     assert not w.grad.any()
 
 
+def test_compiled_convolutions_of_no_channels_have_the_same_shapes():
+    shapes = {"x": (2, 0, 6, 6), "w": (4, 0, 3, 3), "b": (4,)}
+    inputs = [tensor(n, shape=s) for n, s in shapes.items()]
+    y = torch.compile(ft.conv2d, backend="aot_eager")(*inputs)
+    assert y.shape == ft.conv2d(*inputs).shape == (2, 0, 4, 4)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), inputs)] == list(shapes.values())
+
+
 def test_inference_mode_and_no_grad():
     x, w = tensor("x", shape=(1, 3, 6, 6)), tensor("w", shape=(4, 3, 3, 3))
     y = ft.conv2d(x, w)

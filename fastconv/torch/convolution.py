@@ -103,7 +103,8 @@ class _Plain(_Kind):
         extents = zip(x.shape[2:], weight.shape[2:], stride, pairs, dilation)
         return [
             x.shape[0],
-            weight.shape[0],
+            # Of no channels PyTorch makes none.
+            weight.shape[0] if weight.shape[1] else 0,
             *((n + b + a - d * (k - 1) - 1) // s + 1 for n, k, s, (b, a), d in extents),
         ]
 
@@ -221,7 +222,7 @@ def _operations(kind: _Kind) -> tuple[Operation, Operation]:
         return (
             empty_image(x, x.shape, last=computes_last(x, weight)) if dx else x.new_empty(0),
             x.new_empty(weight.shape) if dw else x.new_empty(0),
-            x.new_empty(grad.shape[1]) if db else x.new_empty(0),
+            x.new_empty(grad.shape[1] or weight.shape[0]) if db else x.new_empty(0),
         )
 
     def flatten_gradient(tensors: Tensors, how: How) -> How:
