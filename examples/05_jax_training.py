@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    sys.exit(f"this example needs JAX: pip install 'fastconv[jax]' ({error})")
 
 import fastconv.jax
 from fastconv import nn

@@ -107,7 +107,8 @@ def plain_tensor(name: str, value: Any) -> Any:
     """Return a tensor whose elements are what its memory holds; refuse one that records what is done to it."""
     if value.requires_grad:
         raise ArgumentTypeError(
-            f"{name} is a tensor that requires grad; pass {name}.detach() and use the backward functions"
+            f"{name} is a tensor that requires grad: fastconv.torch has the functions with gradients; "
+            f"here pass {name}.detach() and use the backward functions"
         )
     return value.resolve_neg().resolve_conj()
 
@@ -125,8 +126,10 @@ def library_of(name: str, value: Any) -> Library:
 
     found = device_arrays.library_of(name, value)
     if found is None:
+        of_jax = isinstance(value, getattr(sys.modules.get("jax"), "Array", ()))
         raise ArgumentTypeError(
             f"{name} must be a NumPy array, a CuPy array or a PyTorch tensor, not {type(value).__name__}"
+            + (": fastconv.jax has the functions of JAX arrays" if of_jax else "")
         )
     return found
 

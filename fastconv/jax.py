@@ -14,7 +14,9 @@ other, so that those of every order and in both modes come out of one table. A m
 known where the maxima are; and so are averages, unpooling and patches. A norm is made of an average.
 
 XLA calls the kernels by its foreign function interface (`fastconv.xla`): they read and write XLA's buffers where they
-lie. What a call computes is a text in the compiled program, which therefore means the same in another process.
+lie. What a call computes is a text in the compiled program, which therefore means the same in another process; that
+another version of fastconv reads it is no promise, so that `jax.export` asks for
+``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(fastconv.jax.TARGET)]``. Shapes are numbers, not symbols.
 """
 
 from __future__ import annotations

@@ -607,6 +607,34 @@ except fastconv.MissingDependencyError as error:
     assert printed.startswith("fastconv.jax needs JAX: pip install 'fastconv[jax]'")
 
 
+def test_the_example_without_jax_says_what_to_install_in_one_line():
+    printed = run_python(f"""
+import runpy, sys
+sys.modules["jax"] = None
+try:
+    runpy.run_path({str(HERE.parent / "examples" / "05_jax_training.py")!r})
+except SystemExit as end:
+    print(end)
+""")
+    assert re.fullmatch(r"this example needs JAX: pip install 'fastconv\[jax\]' \(.*\)\n", printed)
+
+
+def test_functions_of_arrays_name_those_of_jax():
+    x = jnp.ones((1, 1, 4, 4))
+    for call in (lambda: fastconv.conv2d(x, x), lambda: fastconv.max_pool2d(x, 2)):
+        with pytest.raises(fastconv.ArgumentTypeError, match=r"not ArrayImpl: fastconv\.jax has the functions"):
+            call()
+
+
+def test_programs_can_be_exported_without_the_check_of_calls():
+    x, w, b = PROBLEM
+    run = jax.jit(lambda x: fj.conv2d(x, w, b, **HOW))
+    with pytest.raises(ValueError, match="custom calls whose targets have no compatibility guarantees"):
+        export.export(run)(x)
+    checks = [export.DisabledSafetyCheck.custom_call(fj.TARGET)]
+    np.testing.assert_array_equal(export.export(run, disabled_checks=checks)(x).call(x), run(x))
+
+
 # --- training --------------------------------------------------------------------------------------------------
 
 
