@@ -103,10 +103,9 @@ def test_convert_swaps_in_place_and_reports():
     layer.register_forward_hook(lambda *a: seen.append(a))
     state = model.state_dict()
     done = ft.convert(model, algorithm="direct", precision="high")
-    assert done.swapped == [("0", "Conv2d"), ("1.0", "MaxPool2d")]
-    assert [name for name, *_ in done.left] == ["1.1", "2"]
+    assert done.swapped == [("0", "Conv2d"), ("1.0", "MaxPool2d"), ("2", "LPPool2d")]
+    assert [name for name, *_ in done.left] == ["1.1"]
     assert "1.1: Odd, left: its class is one of its own" in str(done)
-    assert "2: LPPool2d, left: PyTorch's leaves out the absolute value" in str(done)
     assert layer is model[0]
     assert (layer.algorithm, layer.precision) == ("direct", "high")
     torch.testing.assert_close(model(x), before)
@@ -115,9 +114,21 @@ def test_convert_swaps_in_place_and_reports():
     assert ft.convert(model).swapped == done.swapped
     assert layer.algorithm == "auto"
     ft.revert(model)
-    assert [type(m) for m in (layer, model[1][0])] == [nn.Conv2d, nn.MaxPool2d]
+    assert [type(m) for m in (layer, model[1][0], model[2])] == [nn.Conv2d, nn.MaxPool2d, nn.LPPool2d]
     assert not hasattr(layer, "algorithm")
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("power", [2, 4.0, 3, 1.5])
+def test_a_model_and_a_block_leave_the_same_norms(power):
+    model, x = nn.Sequential(nn.LPPool1d(power, 2), nn.LPPool1d(power, 3, 1, ceil_mode=True)), image(1, 2, 12).abs()
+    with ft.enabled() as block:
+        wanted = model(x)
+    done, whole = ft.convert(model), power % 2 == 0
+    assert bool(done.swapped) == bool(block.routed) == whole
+    assert bool(done.left) == bool(block.left) == (not whole)
+    assert {reason for *_, reason in done.left} == {reason for _, reason in block.left}
+    torch.testing.assert_close(model(x), wanted)
 
 
 def test_revert_tells_what_it_left():
@@ -366,6 +377,11 @@ def test_scripts_are_refused_with_what_to_do_instead():
         torch.jit.script(model)
     ft.revert(model)
     torch.jit.script(model)
+    for function in (ft.conv2d, ft.max_pool1d, ft.unfold):
+        with pytest.raises(
+            RuntimeError, match=rf"cannot compile {function.__name__} of fastconv.torch: use torch\.jit\."
+        ):
+            torch.jit.script(function)
 
 
 def test_convert_changes_nothing_in_what_it_leaves():

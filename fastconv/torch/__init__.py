@@ -15,6 +15,8 @@ Results lie in memory of NumPy's, which `Tensor.resize_` cannot make larger.
 
 from __future__ import annotations
 
+from inspect import isfunction as _isfunction
+
 from ..errors import MissingDependencyError
 
 try:
@@ -23,6 +25,7 @@ except ImportError:
     raise MissingDependencyError("fastconv.torch needs PyTorch: pip install 'fastconv[torch]'") from None
 
 from . import modules as _modules
+from ._operators import unscriptable as _unscriptable
 from .convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .modules import Conversion, convert, revert
 from .patches import fold, unfold
@@ -83,3 +86,8 @@ __all__ = [
     "unfold",
     *_modules.CLASSES,
 ]
+
+for _name in __all__:
+    if _isfunction(globals()[_name]):
+        # Where `torch.jit.script` looks for it.
+        setattr(globals()[_name], "__script_unsupported", _unscriptable(_name))

@@ -275,6 +275,11 @@ def described(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return handle_torch_function(function, given, *args, **kwargs)
 
 
+def unscriptable(name: str) -> str:
+    """Return what to say to `torch.jit.script`."""
+    return f"TorchScript cannot compile {name} of fastconv.torch: use torch.jit.trace, torch.compile or torch.export"
+
+
 def on_batches(operation: Operation, dims: int, data_format: str, images: tuple[torch.Tensor, ...], *rest: Any) -> Any:
     """Compute from batches or single images of either data format, by views that are batches.
 

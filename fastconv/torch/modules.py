@@ -17,7 +17,7 @@ from .. import arrays, registry, selection
 from ..errors import ArgumentTypeError, FastconvError, UnsupportedError
 from ..geometry import DIRECTIONS, ConvGeometry
 from . import convolution, pooling
-from ._operators import to_array
+from ._operators import to_array, unscriptable
 
 _DIMS = (1, 2, 3)
 _DEFAULTS = {"algorithm": "auto", "precision": None}
@@ -75,6 +75,10 @@ def _avg_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
     return pooling.avg_poolNd(dims, input, *how, getattr(self, "divisor_override", None))
 
 
+def _lp_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
+    return pooling.lp_poolNd(dims, input, self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+
+
 def _max_unpool(
     dims: int, self: Any, input: torch.Tensor, indices: torch.Tensor, output_size: Any = None
 ) -> torch.Tensor:
@@ -92,6 +96,7 @@ def _adaptive_max_pool(dims: int, self: Any, input: torch.Tensor) -> Any:
 _POOLS = {
     "MaxPool": _max_pool,
     "AvgPool": _avg_pool,
+    "LPPool": _lp_pool,
     "MaxUnpool": _max_unpool,
     "AdaptiveAvgPool": _adaptive_avg_pool,
     "AdaptiveMaxPool": _adaptive_max_pool,
@@ -138,10 +143,7 @@ def _leaf(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _refuse_script(self: nn.Module) -> Any:
-    raise UnsupportedError(
-        f"TorchScript cannot compile {type(self).__name__} of fastconv.torch: use torch.jit.trace, torch.compile or "
-        f"torch.export, or revert the model first"
-    )
+    raise UnsupportedError(unscriptable(type(self).__name__) + ", or revert the model first")
 
 
 CLASSES = _classes()
@@ -221,14 +223,15 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
         elif any(base in _SWAPS for base in kind.__mro__):
             done.left.append((name, kind.__name__, "its class is one of its own, which may compute something else"))
         elif any(word in kind.__name__ for word in _KINDS) and kind.__module__.startswith("torch.nn.modules"):
-            reason = "PyTorch's leaves out the absolute value" if "LPPool" in kind.__name__ else "fastconv has none"
-            done.left.append((name, kind.__name__, reason))
+            done.left.append((name, kind.__name__, "fastconv has none"))
     return done
 
 
 def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
     """Return why a module cannot be computed, or not by the algorithm asked for; mostly nothing."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.pooling._LPPoolNd):
+        return pooling.norm_refusal(module.norm_type)
     if not isinstance(module, nn.modules.conv._ConvNd) or not isinstance(weight, torch.Tensor):
         return ""
     try:

@@ -747,6 +747,11 @@ def lp_poolNd(
     return _pooled(LP_POOL, dims, data_format, (checked_tensor(x),), how)
 
 
+def norm_refusal(norm_type: float) -> str:
+    """Return why PyTorch's `lp_pool` is none of :func:`lp_poolNd`, or nothing."""
+    return f"norm_type={norm_type:g} of PyTorch is no norm: it leaves out the absolute value" if norm_type % 2 else ""
+
+
 _HOME = "fastconv.torch"
 max_pool1d, max_pool2d, max_pool3d = entries(max_poolNd, _HOME, described)
 max_unpool1d, max_unpool2d, max_unpool3d = entries(max_unpoolNd, _HOME, described)

@@ -245,8 +245,8 @@ def _lp_pool(dims: int) -> Callable[..., Any]:
     def route(
         mode: enabled, input: Any, norm_type: Any, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
     ) -> Any:
-        if norm_type % 2:
-            raise UnsupportedError(f"norm_type={norm_type} of PyTorch is no norm: it leaves out the absolute value")
+        if refusal := pooling.norm_refusal(norm_type):
+            raise UnsupportedError(refusal)
         return pooling.lp_poolNd(dims, input, norm_type, kernel_size, stride, ceil_mode)
 
     return route
