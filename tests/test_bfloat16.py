@@ -22,10 +22,11 @@ from support import (
 
 import fastconv
 from fastconv import config, registry, selection
-from fastconv.cpu import simd, units
+from fastconv.cpu import simd, simd_bfloat16, units
 from fastconv.cpu.compile import task
 from fastconv.cpu.memory import address
-from fastconv.cpu.simd import EMULATED, PLANES, VECTORS, integers
+from fastconv.cpu.simd import integers
+from fastconv.cpu.simd_bfloat16 import EMULATED, PLANES, VECTORS
 from fastconv.testing import CONV_CASES, ConvCase, assert_close, rms_error
 
 ALGORITHMS = ("implicit_gemm_bf16x6", "implicit_gemm_bf16x3", "implicit_gemm_bf16")
@@ -70,12 +71,12 @@ def operations(products):
     @task
     def split(arguments, chunk):
         _, source, count, target, found = integers(arguments, 0, 5)
-        simd.store(8, found, float(simd.split(NP, source, count, target, 64, 64 * NP)))
+        simd.store(8, found, float(simd_bfloat16.split(NP, source, count, target, 64, 64 * NP)))
 
     @task
     def interleave(arguments, chunk):
         _, source, target, found = integers(arguments, 0, 4)
-        simd.store(8, found, float(simd.interleave(NP, source, target)))
+        simd.store(8, found, float(simd_bfloat16.interleave(NP, source, target)))
 
     return split, interleave
 
@@ -147,7 +148,7 @@ def multiply(unit, rows):
     @task
     def run(arguments, chunk):
         _, a, offsets, steps, b, out, held, add = integers(arguments, 0, 8)
-        simd.multiply_planes(
+        simd_bfloat16.multiply_planes(
             unit, 1, rows, a, a + held * 64, 64, 64, offsets, steps, b, out, out + held * 128, 128, held, add, 0, 0
         )
 
@@ -390,13 +391,13 @@ def test_a_kernel_that_refuses_the_tile_registers_is_named_as_the_reason(monkeyp
 CHECKED = """
 import numpy as np
 import fastconv
-from fastconv.cpu import simd, units
+from fastconv.cpu import simd, simd_bfloat16, units
 
-right = simd._EmulatedTiles.multiply
+right = simd_bfloat16._EmulatedTiles.multiply
 if {wrong}:
-    simd._EmulatedTiles.multiply = lambda self, c, a, b: right(self, c, a, 6)
+    simd_bfloat16._EmulatedTiles.multiply = lambda self, c, a, b: right(self, c, a, 6)
 # Emulated tiles take the place of AMX.
-units.AMX = simd.EMULATED
+units.AMX = simd_bfloat16.EMULATED
 units.cpu_features = lambda: frozenset({{"amx-tile", "amx-bf16"}})
 units._why_no_permission = lambda: ""
 ones = np.ones((1, 32, 6, 6), "float32")
@@ -434,7 +435,7 @@ def test_emulated_tiles_are_never_chosen_for_their_speed(emulated):
 
 CROSS_COMPILED = """
 from fastconv.cpu import bfloat16_grads, bfloat16_tasks
-from fastconv.cpu.simd import AMX
+from fastconv.cpu.simd_bfloat16 import AMX
 
 products = {products}
 tasks = (*bfloat16_tasks.tasks(AMX, products, 16), *bfloat16_grads.grad_tasks(AMX, products, 16))
@@ -468,11 +469,11 @@ def test_the_code_for_amx_loads_each_tile_once_and_spills_nothing(products, load
 
 WITHOUT_BF16_INSTRUCTIONS = """
 import test_bfloat16 as tests
-from fastconv.cpu import simd
+from fastconv.cpu import simd, simd_bfloat16
 
 assert "avx512bf16" not in simd.cpu_features() and simd.instruction_set() == {expected!r}
 tests.test_subnormal_numbers_are_zero_in_planes()
-for products in simd.PLANES:
+for products in simd_bfloat16.PLANES:
     tests.test_numbers_are_split_into_planes_that_add_up(products, 75)
     for value in (tests.np.inf, tests.np.nan, tests.np.finfo("float32").max):
         tests.test_what_is_not_finite_has_one_plane_and_is_reported(products, value)

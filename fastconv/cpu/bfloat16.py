@@ -33,7 +33,7 @@ from .bfloat16_tasks import tasks
 from .blocking import Phase, plain_phases
 from .machine import constants
 from .memory import address, extent_of, layout_of
-from .simd import AMX, COLUMNS, DEPTH, EMULATED, PLANES, VECTORS, tile_configuration
+from .simd_bfloat16 import AMX, COLUMNS, DEPTH, EMULATED, PLANES, VECTORS, tile_configuration
 from .strips import pack_table
 from .tiles import ALIAS_BYTES, LINE, PANEL_BYTES, SPLIT_CYCLES, TILE_ROWS, VECTOR_ROWS, span, tile_cycles
 

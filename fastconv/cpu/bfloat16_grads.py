@@ -20,7 +20,8 @@ import numpy as np
 
 from .blocking import Phase
 from .compile import Task, device, share, task
-from .simd import (
+from .simd import copy_bytes, integer, integers, load, store, transpose_block, zero_bytes
+from .simd_bfloat16 import (
     AMX,
     COLUMNS,
     DEPTH,
@@ -28,17 +29,10 @@ from .simd import (
     PLANES,
     VECTORS,
     configure_tiles,
-    copy_bytes,
-    integer,
-    integers,
     interleave,
-    load,
     multiply_planes,
     release_tiles,
     split,
-    store,
-    transpose_block,
-    zero_bytes,
 )
 from .tiles import ALIAS_BYTES, LINE, PANEL_BYTES, SPLIT_CYCLES, TILE_ROWS, VECTOR_ROWS, span, tile_cycles
 

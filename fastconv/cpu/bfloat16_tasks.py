@@ -13,23 +13,17 @@ from typing import NamedTuple
 
 from .compile import Task, device, share, task
 from .epilogue import activate
-from .simd import (
+from .simd import Tile, copy_bytes, integer, integers, load, store, zero_bytes
+from .simd_bfloat16 import (
     COLUMNS,
     DEPTH,
     PLANES,
     VECTORS,
-    Tile,
     configure_tiles,
-    copy_bytes,
-    integer,
-    integers,
     interleave,
-    load,
     multiply_planes,
     release_tiles,
     split,
-    store,
-    zero_bytes,
 )
 from .strips import strips
 

@@ -26,7 +26,8 @@ from . import epilogue, threads
 from .compile import Task, device, share, task
 from .machine import constants
 from .memory import address, layout_of
-from .simd import SLIDING, Tile, correlate_taps, integer, integers, load, slide_tile, store, tile_for
+from .simd import Tile, integer, integers, load, store, tile_for
+from .simd_depthwise import SLIDING, correlate_taps, slide_tile
 from .strips import strips
 
 IN_TASKS = True

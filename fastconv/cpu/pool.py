@@ -23,7 +23,8 @@ from ..registry import Buffer
 from . import threads
 from .compile import device, inlined, kernel, share, task
 from .memory import address
-from .simd import (
+from .simd import integer, integers, store_integer, zero_bytes
+from .simd_pool import (
     ADD_ALL,
     ADD_MATCHING,
     ELEMENTS,
@@ -36,15 +37,11 @@ from .simd import (
     can_pack,
     deposit,
     element_lanes,
-    integer,
-    integers,
     lay_out,
     packing_of,
     reduce_window,
     rows_together,
     spread_windows,
-    store_integer,
-    zero_bytes,
 )
 from .workspace import workspace
 

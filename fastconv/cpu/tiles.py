@@ -1,6 +1,6 @@
 """What tiles of bfloat16 cost, for plans of every direction: see `bfloat16.py`."""
 
-from .simd import DEPTH, VECTORS
+from .simd_bfloat16 import DEPTH, VECTORS
 
 # Pixels that lie so many bytes apart share sets of the first-level cache.
 ALIAS_BYTES = 1024

@@ -17,7 +17,8 @@ import numpy as np
 from .. import config
 from .compile import task
 from .memory import address
-from .simd import (
+from .simd import cpu_features, instruction_set, integers
+from .simd_bfloat16 import (
     AMX,
     COLUMNS,
     DEPTH,
@@ -25,9 +26,6 @@ from .simd import (
     PLANES,
     VECTORS,
     configure_tiles,
-    cpu_features,
-    instruction_set,
-    integers,
     interleave,
     multiply_planes,
     release_tiles,

@@ -34,23 +34,8 @@ from . import machine, threads
 from .compile import Task, device, share, task
 from .epilogue import pad_bias
 from .memory import address, extent_of, layout_of
-from .simd import (
-    INPUT,
-    OUTPUT_GRAD,
-    TAPS,
-    TAPS_GRAD,
-    Tile,
-    copy_bytes,
-    finish_tile,
-    integer,
-    integers,
-    load,
-    multiply_tile,
-    store,
-    tile_for,
-    transform_tile,
-    zero_bytes,
-)
+from .simd import Tile, copy_bytes, integer, integers, load, multiply_tile, store, tile_for, zero_bytes
+from .simd_winograd import INPUT, OUTPUT_GRAD, TAPS, TAPS_GRAD, finish_tile, transform_tile
 from .strips import pack_table, strips
 
 # Products per running sum, over channels and over tiles: the transforms amplify its rounding error. Measured, F(4x4)
