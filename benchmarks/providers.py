@@ -8,6 +8,7 @@ write one class with the attributes of :class:`Provider` and yield it from :func
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +19,15 @@ import numpy as np
 import fastconv
 from fastconv import registry, selection
 from fastconv.arrays import NumpyArrays, TorchArrays
-from fastconv.cpu import threads  # noqa: F401  # before PyTorch, whose idle threads would hold up NumPy's BLAS
+from fastconv.cpu import threads
 from fastconv.device_arrays import DeviceLibrary
 from fastconv.geometry import ConvGeometry
 
 from .check import Problem
+
+# On threads of their own: PyTorch's spin longer, and would hold up NumPy's BLAS.
+if "torch" not in sys.modules:
+    threads.load_openmp()
 
 # Where fastconv's operands are: the host, or a GPU.
 Library = type[NumpyArrays] | DeviceLibrary

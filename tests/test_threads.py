@@ -293,6 +293,21 @@ def test_the_environment_sets_the_number_of_threads():
     assert run_python(script, FASTCONV_THREADS="1") == "1\n"
 
 
+def test_the_threads_of_openmp_are_loaded_by_the_first_kernel():
+    # PyTorch may be imported in between, whose pool then serves both.
+    script = """
+import os, sys
+import numpy as np
+import fastconv.nn
+from fastconv.cpu import threads
+assert threads.count() >= 1
+assert "numba.np.ufunc.omppool" not in sys.modules
+fastconv.conv2d(np.ones((4, 8, 32, 32), "float32"), np.ones((8, 8, 3, 3), "float32"))
+print(threads.layer(), "numba.np.ufunc.omppool" in sys.modules, "GOMP_SPINCOUNT" in os.environ)
+"""
+    assert run_python(script, NUMBA_THREADING_LAYER="omp") == "omp True False\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 class TestFork:
     def test_a_child_computes_what_its_parent_did(self, layer):

@@ -8,6 +8,8 @@ Three facts shape this module.
   therefore runs the serial twin of each kernel.
 - BLAS has threads of its own. It is never called from inside a kernel, so the two pools never work at once; but GNU
   OpenMP's threads spin for milliseconds after a kernel, on the cores that BLAS wants next. They are told to spin less.
+- Loaded after PyTorch, Numba's OpenMP layer runs on PyTorch's threads; before, on threads of its own, and in a training
+  step the two pools wait for each other's cores. So it is loaded as late as may be: by the first kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _turn = threading.RLock()
 _forked = False
 
 
-def _load_openmp() -> None:
+def load_openmp() -> None:
     """Load Numba's OpenMP layer, which reads its settings just then, unless the user has settings of their own."""
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         return
@@ -43,10 +45,7 @@ def _load_openmp() -> None:
         # Another layer will do.
         pass
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
-
-
-_load_openmp()
+        os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def _after_fork_in_child() -> None:
@@ -89,6 +88,8 @@ def count() -> int:
 
 def launch(dispatcher: Any, args: tuple[Any, ...]) -> Any:
     """Call a parallel kernel on the number of threads the options ask for."""
+    if not _numba_parallel._is_initialized:
+        load_openmp()
     wanted = config.get("threads")
     needs_turn = layer() in (None, "workqueue")
     with _turn if needs_turn else nullcontext():
