@@ -28,7 +28,7 @@ from ..registry import Buffer
 from . import roofline, toolchain
 from .elements import Element
 from .epilogue import CODES, activate
-from .indices import divided, index_type, needs_wide, step
+from .indices import THREADS, divided, image_strides, index_type, launch, meeting, needs_wide, step
 from .ptx import load2, store2
 from .steps import Call, Step
 from .sums import CHAIN
@@ -37,8 +37,6 @@ cuda = toolchain.import_cuda()
 
 # Directions that end in bias and activation.
 FUSED = ("forward", "input_grad")
-# Threads of a block.
-THREADS = 128
 # Products that a thread has at one frequency: so many rows by so many columns.
 ROWS, COLUMNS = 4, 4
 # Channels that neighbouring threads have before the next pixel, where channels are last.
@@ -56,16 +54,7 @@ def spread(element: Element, wide: bool) -> Any:
 
     Neighbouring threads have `low` of B, then neighbours of a row.
     """
-    index, divide, stored = index_type(wide), divided(wide), element.stored
-
-    def place(at, first, step, size):
-        distance = index(at - first)
-        found = index(-1)
-        if distance >= 0:
-            found, rest = divide(distance, step)
-            if rest > 0 or found >= size:
-                found = index(-1)
-        return found
+    index, divide, meets, stored = index_type(wide), divided(wide), meeting(wide), element.stored
 
     def fft_spread(
         source, target, total, low, high, B, D, H, W, size_d, size_h, size_w, first_d, first_h, first_w,
@@ -79,8 +68,8 @@ def spread(element: Element, wide: bool) -> Any:
         a, high_b = divide(rest, high)
         b = index(high_b * low + low_b)
         if number < total and b < B:
-            z, y = place(d, first_d, step_d, size_d), place(h, first_h, step_h, size_h)
-            x = place(w, first_w, step_w, size_w)
+            z, y = meets(index(d - first_d), step_d, size_d), meets(index(h - first_h), step_h, size_h)
+            x = meets(index(w - first_w), step_w, size_w)
             value = stored(0)
             if z >= 0 and y >= 0 and x >= 0:
                 value = source[index(a * a_step + b * b_step + ((z * size_h + y) * size_w + x) * pixel_step)]
@@ -297,10 +286,9 @@ def _planes(g: ConvGeometry) -> dict[str, Planes]:
     before = tuple(b for b, _ in g.padding)
 
     def image(name: str, channels: int, size: tuple[int, ...], first: Any, step: Any) -> Planes:
-        pixels = math.prod(size)
-        if g.data_format == "channels_last":
-            return Planes(name, g.batch, channels, size, first, step, (channels * pixels, 1, channels), TOGETHER)
-        return Planes(name, g.batch, channels, size, first, step, (channels * pixels, pixels, 1))
+        last = g.data_format == "channels_last"
+        strides = image_strides(channels, size, last)
+        return Planes(name, g.batch, channels, size, first, step, strides, TOGETHER if last else 1)
 
     return {
         "x": image("x", g.in_channels, g.input_size, before, (1, 1, 1)),
@@ -326,14 +314,14 @@ def _spread_step(g: ConvGeometry, p: Planes) -> Step:
     element, wide = Element.of(g.dtype), _is_wide(g)
     numbers = _numbers(g, p, lengths(g)[0])
     arrays = [(p.name, element.pointer), (p.name + "_planes", element.pointer)]
-    return step(spread(element, wide), arrays, numbers, wide, (-(-numbers[0] // THREADS),), (THREADS,))
+    return launch(spread(element, wide), arrays, numbers, wide, numbers[0])
 
 
 def _collect_step(g: ConvGeometry, p: Planes, bias: bool, code: int) -> Step:
     element, wide = Element.of(g.dtype), _is_wide(g)
     numbers = _numbers(g, p, p.size)
     arrays = [(name, element.pointer) for name in (p.name + "_planes", "bias", "out")]
-    return step(collect(element, wide, bias, code), arrays, numbers, wide, (-(-numbers[0] // THREADS),), (THREADS,))
+    return launch(collect(element, wide, bias, code), arrays, numbers, wide, numbers[0])
 
 
 def _multiply_step(g: ConvGeometry, direction: str) -> Step:

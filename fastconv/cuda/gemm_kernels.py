@@ -15,19 +15,23 @@ here has run on a GPU.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..geometry import ConvGeometry
 from . import ptx, toolchain
 from .elements import Element
 from .epilogue import activate
+from .indices import decoder, divided, index_type, launch
+from .steps import Step
 from .sums import chained
 
 cuda = toolchain.import_cuda()
 
-from numba.cuda.types import float32, int32, int64, uint32  # noqa: E402
+from numba.cuda.types import CPointer, float32, int32, uint32  # noqa: E402
 
 # A coordinate that no tap brings back into an image.
 OUTSIDE = -(1 << 30)
@@ -67,16 +71,7 @@ NARROW = {True: Tile(256, 64, 16, 16, 8), False: Tile(64, 128, 16, 8, 16, blocks
 
 # --- helpers of all kernels ------------------------------------------------------------------------------------
 
-
-def split(number, size):
-    """Return quotient and remainder."""
-    quotient = ptx.divide(number, int32(size))
-    return quotient, int32(number - quotient * int32(size))
-
-
-def _wide_split(number, size):
-    quotient = int64(number) // int64(size)
-    return quotient, int64(number - quotient * int64(size))
+split = divided(False)
 
 
 def inside(place, extent):
@@ -124,7 +119,49 @@ def copies(asynchronous: bool) -> tuple[Any, ...]:
 
 def width(wide: bool) -> tuple[Any, Any, Any]:
     """Return the type of indices, the division and the loading of entries that go with it."""
-    return (int64, _wide_split, _wide_load_entry) if wide else (int32, split, load_entry)
+    return index_type(wide), divided(wide), _wide_load_entry if wide else load_entry
+
+
+def on_tiles(made: Step, tile: Any, words: int) -> Step:
+    """Return a step with the shared memory of a tile's buffers, of so many words each."""
+    return made._replace(shared_bytes=4 * tile.stages * words, launch_bounds=(tile.threads, tile.blocks))
+
+
+def pixel_tables(pixels_of_tile: int, threads: int, source_last: bool, target_last: bool, wide: bool) -> Any:
+    """Return the function that tabulates the pixels of a block's tile, in shared memory.
+
+    `pixels` is (offset, d, h, w) of each one's place in the source, `targets` its place in the target, or -1 where
+    there is no such pixel. C and K are the elements of a pixel of all groups, inner and lines of one.
+    """
+    index, decode = index_type(wide), decoder(wide)
+
+    def tabulate(
+        pixels, targets, total, lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first, w_first,
+        d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step,
+    ):  # fmt: skip
+        group, first = int32(cuda.blockIdx.z), index(index(cuda.blockIdx.x) * index(pixels_of_tile))
+        plane, target_plane = index(index(D) * H * W), index(index(OD) * OH * OW)
+        for at in range(int32(cuda.threadIdx.x), pixels_of_tile, threads):
+            number = index(first + at)
+            n, o, p, q = decode(number, O, P, Q)
+            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
+            od, oh, ow = od_first + o * od_step, oh_first + p * oh_step, ow_first + q * ow_step
+            place, target = index((d * H + h) * W + w), index((index(od) * OH + oh) * OW + ow)
+            if source_last:
+                place = index((n * plane + place) * C + group * inner)
+            else:
+                place = index((n * C + group * inner) * plane + place)
+            if target_last:
+                target = index((n * target_plane + target) * K + group * lines)
+            else:
+                target = index((n * K + group * lines) * target_plane + target)
+            exists = number < total
+            entry = int32(int32(at) * int32(4))
+            pixels[entry], pixels[int32(entry + 1)] = place, d if exists else index(OUTSIDE)
+            pixels[int32(entry + 2)], pixels[int32(entry + 3)] = h, w
+            targets[int32(at)] = target if exists else index(-1)
+
+    return tabulate
 
 
 def swizzle(depth: int) -> Any:
@@ -293,6 +330,7 @@ def gather(
     block_copy, word_copy, commit, wait = copies(asynchronous)
     copy, nbytes = (block_copy, 16) if channels_last and run == 4 else (word_copy, 4)
     place, places_of, product = swizzle(depth), thread_places(tile), multiply(tile, True, 0)
+    tabulate = pixel_tables(pixels_of_tile, threads, channels_last, channels_last, wide)
     is_vector = channels_last and run == 4
     chunks = depth // 4
 
@@ -410,28 +448,9 @@ def gather(
         targets = ptx.pointer_to(cuda.shared.array(pixels_of_tile, index, alignment=16))
         thread, group = int32(cuda.threadIdx.x), int32(cuda.blockIdx.z)
         plane, target_plane = index(index(D) * H * W), index(index(OD) * OH * OW)
-        first_pixel = index(index(cuda.blockIdx.x) * index(pixels_of_tile))
         first_line = int32(int32(cuda.blockIdx.y) * int32(lines_of_tile))
-        for at in range(thread, pixels_of_tile, threads):
-            number = index(first_pixel + at)
-            rest, q = divided(number, Q)
-            rest, p = divided(rest, P)
-            n, o = divided(rest, O)
-            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
-            source, target = index((d * H + h) * W + w), index(0)
-            od, oh, ow = od_first + o * od_step, oh_first + p * oh_step, ow_first + q * ow_step
-            target = index((index(od) * OH + oh) * OW + ow)
-            if channels_last:
-                source = index((n * plane + source) * C + group * inner)
-                target = index((n * target_plane + target) * K + group * real_lines)
-            else:
-                source = index((n * C + group * inner) * plane + source)
-                target = index((n * K + group * real_lines) * target_plane + target)
-            exists = number < total
-            entry = int32(int32(at) * int32(4))
-            pixels[entry], pixels[int32(entry + 1)] = source, d if exists else index(OUTSIDE)
-            pixels[int32(entry + 2)], pixels[int32(entry + 3)] = h, w
-            targets[int32(at)] = target if exists else index(-1)
+        tabulate(pixels, targets, total, real_lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first,
+                 w_first, d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step)  # fmt: skip
         cuda.syncthreads()
         row, column = places_of(thread)
         rows_at, columns_at = place(row, int32(0)), int32(int32(rows_size) + column * int32(4))
@@ -478,16 +497,14 @@ def gather(
 @lru_cache(maxsize=256)
 def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
     """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x, outside beyond the last."""
-    index, divided, _ = width(wide)
+    index, decode = index_type(wide), decoder(wide)
 
     def pixels_of_output(
         pixels, entries, total, C, D, H, W, O, P, Q, d_first, h_first, w_first, d_step, h_step, w_step
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < entries:
-            rest, q = divided(number, Q)
-            rest, p = divided(rest, P)
-            n, o = divided(rest, O)
+            n, o, p, q = decode(number, O, P, Q)
             d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
             place, plane = (d * H + h) * W + w, index(D) * H * W
             at = index(number * index(4))
@@ -498,6 +515,14 @@ def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
 
     pixels_of_output.__name__ = f"pixels_of_output_{'nhwc' if channels_last else 'nchw'}_{64 if wide else 32}"
     return pixels_of_output
+
+
+def pixels_step(g: ConvGeometry, of_pixel: int, entries: int, channels_last: bool, wide: bool) -> Step:
+    """Return the launch that tabulates pixels, `of_pixel` elements of x from one to the next."""
+    sizes = (of_pixel, *g.input_size, *g.output_size, *(-before for before, _ in g.padding), *g.stride)
+    numbers = (entries, g.batch * math.prod(g.output_size), *map(np.int32, sizes))
+    arrays = [("pixels", CPointer(index_type(wide)))]
+    return launch(tabulate_pixels(channels_last, wide), arrays, numbers, wide, entries)
 
 
 # Elements between the rows of a tile that is written down its columns: eight of them meet eight groups of banks.

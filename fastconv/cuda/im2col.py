@@ -25,15 +25,13 @@ from ..registry import Buffer
 from . import roofline, toolchain
 from .elements import Element
 from .epilogue import CODES, activate
-from .indices import divided, index_type, needs_wide, step
+from .indices import divided, image_strides, index_type, launch, meeting, needs_wide
 from .lanes import loader, storer, widest
 from .steps import Call, Step, renamed
 from .sums import CHAIN, chained
 
 cuda = toolchain.import_cuda()
 
-# Threads of a block.
-THREADS = 128
 # Bytes of workspace in all, unless one pixel needs more.
 MOST_BYTES = 256 << 20
 # Share of the peak that products reach; not measured.
@@ -146,15 +144,7 @@ def place(element: Element, pixels_inside: bool, lanes: int, wide: bool, has_bia
 def gather(element: Element, pixels_inside: bool, wide: bool) -> Any:
     """Return the kernel of col2im: each pixel of the input sums what the columns have for it, of some output pixels."""
     index, divide, sums = index_type(wide), divided(wide), element.sums
-    widen, narrow = element.widen, element.narrow
-
-    def source_of(at, stride, size):
-        found = index(-1)
-        if at >= 0:
-            found, rest = divide(at, stride)
-            if rest > 0 or found >= size:
-                found = index(-1)
-        return found
+    widen, narrow, source_of = element.widen, element.narrow, meeting(wide)
 
     def im2col_gather(
         matrix, out, total, start, add, L, depth, first, C, G, T, R, S, O, P, Q, D, H, W,
@@ -419,7 +409,7 @@ class _Launches:
         total = chains * self.G * L * depth // lanes
         numbers = (
             total, L, depth, self.G, first, self.total, C, math.prod(kernel), *kernel[1:], *g.output_size, *size,
-            *self._strides(C, size), *moves,
+            *image_strides(self.G * C, size, self.last), *moves,
         )  # fmt: skip
         made = columns(self.element, pixels_inside, self.last, lanes, self.wide)
         return self._step(made, (source, target), numbers, total)
@@ -433,7 +423,8 @@ class _Launches:
         g = self.g
         lanes = widest(g.dtype, self.K) if self.last else 1
         total = self.G * self.K * L // lanes
-        numbers = (total, self.K, L, first, math.prod(g.output_size), *self._strides(self.K, g.output_size))
+        strides = image_strides(g.out_channels, g.output_size, self.last)
+        numbers = (total, self.K, L, first, math.prod(g.output_size), *strides)
         kernel = place(self.element, not self.last, lanes, self.wide, bias, code)
         return self._step(kernel, ("product", "bias", "out"), numbers, total)
 
@@ -448,14 +439,9 @@ class _Launches:
         kernel = gather(self.element, not self.last, self.wide)
         return self._step(kernel, ("columns", "out"), numbers, total)
 
-    def _strides(self, channels: int, size: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return the elements from one image to the next, from a channel and from a pixel."""
-        pixels, every = math.prod(size), self.G * channels
-        return (every * pixels, 1, every) if self.last else (every * pixels, pixels, 1)
-
     def _step(self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int) -> Step:
         arrays = [(name, self.element.pointer) for name in names]
-        return step(kernel, arrays, numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+        return launch(kernel, arrays, numbers, self.wide, total)
 
 
 def _product(a: str, b: str, out: str, batch: int, rows: int, depth: int, columns: int) -> Call:
