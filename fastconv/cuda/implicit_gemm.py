@@ -24,7 +24,7 @@ from .architecture import MOST_BLOCKS, Architecture
 from .blocking import Phase, channels, channels_of_group, phases, source_of, weight_steps
 from .epilogue import CODES
 from .gemm_kernels import NARROW, TILE, Tile, on_tiles
-from .indices import THREADS, index_dtype, index_type, launch, round_up, step
+from .indices import THREADS, divisor, index_dtype, index_type, launch, round_up, step
 from .steps import Step
 from .sums import PRODUCTS
 
@@ -119,6 +119,12 @@ def is_wide(geometry: ConvGeometry) -> bool:
     C, K = (round_up(n // g.groups, 128) for n in (g.in_channels, g.out_channels))
     packed = g.groups * math.prod(g.kernel_size) * C * K
     return max(x, y, packed) + halo + THREADS >= 2**31
+
+
+def _is_flat(geometry: ConvGeometry) -> bool:
+    """Return whether images are planes: of depth 1, with kernels and results of depth 1."""
+    g = geometry
+    return g.input_size[0] == g.output_size[0] == g.kernel_size[0] == 1 and g.padding[0] == (0, 0)
 
 
 class _Places:
@@ -219,7 +225,9 @@ def _gather_steps(
     found = []
     for chain in _chains(places.k_tiles, tile.depth):
         code, bias = end if chain.stop == places.k_tiles else (0, False)
-        kernel = gemm_kernels.gather(tile, last, places.run, together, asynchronous, wide, chain.start > 0, bias, code)
+        kernel = gemm_kernels.gather(
+            tile, last, places.run, together, asynchronous, wide, _is_flat(g), chain.start > 0, bias, code
+        )
         starts = (
             packed_first + chain.start * places.tile_lines * tile.depth,
             taps_first + 4 * chain.start * tile.depth // places.run,
@@ -241,15 +249,21 @@ def _weight_steps(g: ConvGeometry, share: _Share, architecture: str, tile: Tile)
     arrays = [("x", _F32), ("grad_output", _F32), table, ("partial", _F32)]
     grid = -(-filters // tile.rows), -(-inner * taps // tile.columns), g.groups * share.splits
     asynchronous = Architecture.named(architecture).copies_asynchronously
-    filter_run, channel_run = (4 if last and lines % 4 == 0 else 1 for lines in (filters, inner))
+    grad_run = 4 if (filters if last else math.prod(g.output_size)) % 4 == 0 else 1
+    channel_run = 4 if last else tile.columns // 4
+    channel_run = channel_run if inner % channel_run == 0 else 1
     products = []
     for skip in range(0, max(share.steps, 1), share.each * share.splits):
-        kernel = gemm_kernels.weight_gradient(tile, last, filter_run, channel_run, asynchronous, wide, skip > 0)
+        kernel = gemm_kernels.weight_gradient(
+            tile, last, grad_run, channel_run, asynchronous, wide, _is_flat(g), skip > 0
+        )
         numbers = (
             skip, share.steps, share.each, g.groups, filters, g.out_channels, inner, inner * taps, g.in_channels,
-            *g.input_size, math.prod(g.output_size), *g.kernel_size[1:], *g.dilation,
+            *g.input_size,
         )  # fmt: skip
-        made = step(kernel, arrays, (total, *map(np.int32, numbers)), wide, grid, (tile.threads,))
+        planes = *divisor(math.prod(g.output_size), wide), math.prod(g.input_size)
+        numbers = total, *map(np.int32, numbers), *planes, *map(np.int32, (*g.kernel_size[1:], *g.dilation))
+        made = step(kernel, arrays, numbers, wide, grid, (tile.threads,))
         words = (tile.rows + tile.columns + 2 * gemm_kernels.PAD) * tile.depth
         products.append(on_tiles(made, tile, words))
     sizes = elements, *map(np.int32, (share.splits, inner, taps))

@@ -158,12 +158,13 @@ def test_an_infinity_reaches_what_it_should_and_nothing_else():
 # Channels, filters, memory format, direction, and the share of multiply-adds in the main loop of the product: what is
 # left are loads from shared memory, 96 for 2048, and the addresses and tests of what is gathered.
 BUDGETS = [
-    (64, 128, "channels_last", "forward", 0.90),
-    (64, 128, "channels_first", "forward", 0.90),
-    (64, 128, "channels_last", "weight_grad", 0.90),
-    (64, 128, "channels_first", "weight_grad", 0.79),
-    (64, 64, "channels_first", "forward", 0.85),
-    (3, 64, "channels_last", "forward", 0.75),
+    (64, 128, "channels_last", "forward", 0.91),
+    (64, 128, "channels_first", "forward", 0.91),
+    (64, 128, "channels_last", "weight_grad", 0.905),
+    (64, 128, "channels_first", "weight_grad", 0.90),
+    (64, 64, "channels_last", "forward", 0.90),
+    (64, 64, "channels_first", "forward", 0.86),
+    (3, 64, "channels_last", "forward", 0.83),
 ]
 # Compiling takes seconds: every architecture for one kernel, one or two for the others.
 ON = [(*BUDGETS[0], a) for a in TESTED if a != "sm_90a"] + [(*row, "sm_90a") for row in BUDGETS]
@@ -187,7 +188,7 @@ def test_machine_code_keeps_its_budget(channels, filters, data_format, direction
     assert without_exits(budget(made, 255, wanted), architecture) == []
     mix = sass(made)
     # On sm_75 threads have half as many sums, and copy through registers.
-    assert mix.count("FFMA", loop=True) / len(mix.main_loop) >= (share - 0.02 if architecture == "sm_75" else share)
+    assert mix.count("FFMA", loop=True) / len(mix.main_loop) >= (share - 0.03 if architecture == "sm_75" else share)
     assert made.occupancy(math.prod(step.block), step.shared_bytes) * ARCHITECTURES[architecture].threads >= 256
 
 
