@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -308,48 +309,63 @@ def _prepared(
     """
     if config.get("poison"):
         return None
-    known: list[Prepared] = []
+    bound: _Bound | None = None
+    count = len(results)
 
     def run(*given: Any) -> Any:
-        if not known:
+        nonlocal bound
+        if bound is None:
             library: Any = library_of(names[0], given[0])
             with library.current():
                 launches, buffers = make(library, *given)
-            known.append(_bound(library, launches, names, results, buffers))
-        return known[0](*given)
-
-    return run
-
-
-def _bound(
-    library: DeviceLibrary, launches: list[Launch], names: Sequence[str], results: Mapping[str, Any],
-    buffers: Mapping[str, Buffer],
-) -> Prepared:  # fmt: skip
-    """Return the function that makes results and workspace, and launches."""
-    made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
-    places = {name: i for i, name in enumerate((*names, *made))}
-    # One place more, of the null pointer that stands for arrays that are not there.
-    wanted = [
-        (launcher, [places.get(name, len(places)) for name in own], is_call) for launcher, own, is_call in launches
-    ]
-    new, address_of, count, memory = library.new, library.address_of, len(results), [*made.values()]
-
-    def run(*given: Any) -> Any:
+            bound = _bound(library, launches, names, results, buffers)
+        library, new, address_of, stream_of, memory, wanted = bound
         if not library.is_current():
             return None
         fresh = [new(shape, dtype) for shape, dtype in memory]
         arrays = (*given, *fresh)
         addresses = [0 if array is None else address_of(array) for array in arrays]
         addresses.append(0)
-        on = launch.stream(library.stream())
-        for launcher, own, is_call in wanted:
+        on = stream_of(library.stream())
+        for launcher, chosen, is_call in wanted:
             if is_call:
-                launcher(library, *[arrays[i] for i in own])
+                launcher(library, *chosen(arrays))
             else:
-                launcher(on, *[addresses[i] for i in own])
+                launcher(on, *chosen(addresses))
         return fresh[0] if count == 1 else tuple(fresh[:count])
 
     return run
+
+
+class _Bound(NamedTuple):
+    """What a prepared call does with arrays of one library: allocate, find addresses, and launch on some of them."""
+
+    library: DeviceLibrary
+    new: Callable[..., Any]
+    address_of: Callable[[Any], int]
+    stream_of: Callable[[int], Any]
+    memory: list[tuple[tuple[int, ...], np.dtype]]
+    wanted: list[tuple[Callable[..., None], Callable[[Sequence[Any]], Sequence[Any]], bool]]
+
+
+def _bound(
+    library: DeviceLibrary, launches: list[Launch], names: Sequence[str], results: Mapping[str, Any],
+    buffers: Mapping[str, Buffer],
+) -> _Bound:  # fmt: skip
+    """Return a prepared call, its names resolved to places among what is given and made."""
+    made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
+    places = {name: i for i, name in enumerate((*names, *made))}
+    # One place more, of the null pointer that stands for arrays that are not there.
+    wanted = [
+        (launcher, _chooser([places.get(name, len(places)) for name in own]), is_call)
+        for launcher, own, is_call in launches
+    ]
+    return _Bound(library, library.new, library.address_of, launch.streams(), [*made.values()], wanted)
+
+
+def _chooser(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return the function that takes the elements at some places; `itemgetter` has no tuple for one."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: [values[i] for i in places]
 
 
 def prepared_forward(choice: Any, geometry: ConvGeometry, activation: str | None) -> Prepared | None:

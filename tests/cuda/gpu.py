@@ -21,7 +21,7 @@ class ndarray:
     def __init__(self, host: np.ndarray) -> None:
         self.host = host
         self.device = SimpleNamespace(id=0)
-        self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0])
+        self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0], device_id=0)
 
     shape = property(lambda self: self.host.shape)
     ndim = property(lambda self: self.host.ndim)
@@ -193,7 +193,7 @@ class Driver:
     def elapsed(self, first: int, last: int) -> float:
         return 1e-3 * (last - first)
 
-    def launch(self, stream: int, configuration: Any, kernel: Any, arguments: Any) -> None:
+    def launch(self, stream: int, configuration: Any, kernel: Any, *arguments: Any) -> None:
         (function, signature, launch_bounds), (grid, block, shared_bytes) = kernel, configuration
         self.launches.append((function.__name__, stream))
         given = [

@@ -26,7 +26,7 @@ from numba.cuda import types
 from numba.cuda.np import numpy_support
 
 from fastconv import testing
-from fastconv.cuda import launch
+from fastconv.cuda import faults, launch
 from fastconv.cuda.compile import compile_kernel
 from fastconv.errors import MissingDependencyError
 
@@ -35,8 +35,9 @@ MODE = os.environ.get("FASTCONV_TEST_GPU", "")
 ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
 # Tests of the tools: mistakes planted on purpose, machine code, a driver that is none.
 NOT_FOR_GPUS = ["test_compare.py", "test_cubins.py", "test_emulator.py", "test_launch.py", "test_limits.py"]
-# Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run.
-_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass"}
+# Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run: mistakes.
+_MISTAKES = {name for name, value in vars(faults).items() if isinstance(value, type)}
+_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass", *_MISTAKES}
 # Seconds after which a small kernel is taken for one that never ends.
 PATIENCE = 10.0
 # Exit status of a process that can launch nothing any more.
