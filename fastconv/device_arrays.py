@@ -238,8 +238,8 @@ class _CupyOnDevice(DeviceLibrary):
         return held.dtype
 
     # In C: they are asked of every array of every call.
-    is_contiguous = staticmethod(attrgetter("flags.c_contiguous"))
-    address_of = staticmethod(attrgetter("data.ptr"))
+    is_contiguous = staticmethod(attrgetter("flags.c_contiguous"))  # type: ignore[assignment]
+    address_of = staticmethod(attrgetter("data.ptr"))  # type: ignore[assignment]
 
     def moved(self, held: Any, source: int, destination: int) -> Any:
         return self._cupy.moveaxis(held, source, destination)
