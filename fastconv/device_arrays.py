@@ -127,7 +127,7 @@ class DeviceLibrary:
         """Return a fresh C-contiguous array; with the option `poison`, full of NaN."""
         held = self.new(dimensions, dtype)
         if config.get("poison"):
-            held[...] = math.nan if dtype.kind != "i" else np.iinfo(dtype).max // 3
+            held[...] = math.nan if dtype.kind not in "iu" else np.iinfo(dtype).max // 3
         return DeviceArray(self, held)
 
     def current(self) -> Any:

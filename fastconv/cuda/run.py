@@ -27,7 +27,7 @@ from ..geometry import ConvGeometry, PoolGeometry, first_spatial_axis, join_shap
 from ..registry import Buffer, workspace_bytes
 from . import bias, im2col, launch, padding, pool
 from .compile import compile_kernel
-from .elements import SUPPORTED, Element
+from .elements import INTEGERS, SUPPORTED, Element
 from .steps import Call, Step
 
 # --- steps -----------------------------------------------------------------------------------------------------
@@ -459,9 +459,10 @@ def _launches_of(make: Callable[..., list[Step]], library: DeviceLibrary, *argum
     return ready(make(*arguments), library.device)
 
 
-def _require_floating(name: str, array: DeviceArray) -> None:
-    if array.dtype.name not in SUPPORTED:
-        raise UnsupportedError(f"on a GPU {name} pools {', '.join(SUPPORTED)}, not {array.dtype}")
+def _require_dtype(name: str, array: DeviceArray) -> None:
+    """Refuse what there are no kernels for: maxima alone are taken of integers."""
+    if array.dtype.name not in (allowed := (*SUPPORTED, *INTEGERS) if name.startswith("max_pool") else SUPPORTED):
+        raise UnsupportedError(f"on a GPU {name} pools {', '.join(allowed)}, not {array.dtype}")
 
 
 def _pooled(
@@ -470,7 +471,7 @@ def _pooled(
 ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
     """Return what steps made for a geometry make of one array: "out", and where asked for the "indices"."""
     g, library = geometry, given.library
-    _require_floating(name, given)
+    _require_dtype(name, given)
     stored = stored_format(given, g.data_format)
     with library.current():
         source = _laid_out(given, g.data_format, stored)
@@ -508,7 +509,7 @@ def lp_pool(geometry: PoolGeometry, x: DeviceArray, power: float) -> DeviceArray
 def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: DeviceArray, power: float) -> DeviceArray:
     """Return the gradient of the norm with respect to its input; half types are computed in float32."""
     g, library = geometry, x.library
-    _require_floating("lp_pool_backward", x)
+    _require_dtype("lp_pool_backward", x)
     stored, dtype = stored_format(x, g.data_format), Element.of(x.dtype).sums_dtype
     with library.current():
         operands = {
@@ -536,7 +537,7 @@ def _scattered(
 ) -> tuple[DeviceArray, bool]:  # fmt: skip
     """Return values at their places, added up or the latest, and True: who asks whether indices were good must wait."""
     library, stored = values.library, stored_format(values, data_format)
-    _require_floating("max_unpool" if latest else "max_pool_backward", values)
+    _require_dtype("max_unpool" if latest else "max_pool_backward", values)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
         out = library.empty(join_shape(batch, channels, spatial, stored), values.dtype)
@@ -568,7 +569,7 @@ def max_unpool_backward(
 ) -> tuple[DeviceArray, bool]:  # fmt: skip
     """Return (gradient at each index, True); an index outside the plane reads 0."""
     library, stored = grad_output.library, stored_format(grad_output, data_format)
-    _require_floating("max_unpool_backward", grad_output)
+    _require_dtype("max_unpool_backward", grad_output)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (grad_output, indices))
         out = library.empty(join_shape(batch, channels, input_size, stored), grad_output.dtype)
@@ -584,7 +585,7 @@ def _prepared_pool(
     backward: bool = False, indices: bool = False,
 ) -> Prepared | None:  # fmt: skip
     """Return a function of one array that is a whole call, as `calls` keeps it, or None."""
-    if dtype.name not in SUPPORTED:
+    if dtype.name not in (*SUPPORTED, *INTEGERS):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
@@ -621,7 +622,7 @@ def prepared_max_pool_backward(
     """Return a function of (grad_output, indices) that is a whole call, or None; the arrays have a batch."""
     dtype, shape = grad_output.dtype, planes_shape(grad_output.shape, data_format)
     size = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
-    if dtype.name not in SUPPORTED:
+    if dtype.name not in (*SUPPORTED, *INTEGERS):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
