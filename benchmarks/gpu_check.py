@@ -299,9 +299,11 @@ def summary(results: dict[str, Any]) -> list[str]:
     lines = [f"# {machine.get('gpu', 'No GPU seen')}", "", commit, ""]
     public = {key: line for key, line in results["look"].items() if key.startswith(PUBLICLY)}
     fine = [key for key, line in public.items() if line["status"] == "ok"]
+    # Ten lines of the same kind say enough.
+    hidden = {*fine, *[key for key in public if key not in fine][10:]}
     for key, line in results["look"].items():
         facts = {k: v for k, v in line.items() if k not in ("status", "text")}
-        if key not in fine:
+        if key not in hidden:
             lines.append(f"- {key}: {line['status']} {facts}{_reason(line)}")
     lines.append(f"- {PUBLICLY}arrays: {len(fine)} of {len(public)} ok")
     lines += ["", "| tests | | passed | skipped | other | s |", "|---|---|---:|---:|---:|---:|"]

@@ -70,8 +70,12 @@ def guarded(key: str, work: Callable[[], dict[str, Any]], **facts: Any) -> None:
 
 
 def look() -> None:
-    """Ask everything, in order."""
+    """Ask everything, in order; without a GPU that is one thing, which says why there is none."""
     guarded("machine", machine)
+    try:
+        launch.architecture()
+    except fastconv.FastconvError:
+        return
     for name in PROGRAMS:
         guarded(f"prebuilt {name}", partial(prebuilt, name))
     guarded("compiled here", compiled_here)

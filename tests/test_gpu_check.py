@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from fastconv import MissingDependencyError, device_arrays, registry
+from fastconv import MissingDependencyError, UnsupportedError, device_arrays, registry
 from fastconv.cli.flags import benchmarks
 from fastconv.geometry import DIRECTIONS
 
@@ -423,6 +423,13 @@ def test_the_tests_run_through_the_device_and_say_how(tmp_path):
     ]
     assert {line["status"] for line in found.values()} == {"passed"}
     assert len(list(tmp_path.glob("*.kernel"))) == 4
+
+
+def test_without_a_gpu_nothing_else_is_asked(report, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", mock.Mock(side_effect=UnsupportedError("no NVIDIA driver")))
+    gpu_look.look()
+    (line,) = report().values()
+    assert line["architecture"] == "UnsupportedError: no NVIDIA driver"
 
 
 def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
