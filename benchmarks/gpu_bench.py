@@ -422,12 +422,15 @@ def prebuild() -> None:
 
 
 def _build(unit: Unit) -> None:
-    guarded(unit.key, lambda: {"kernels": len([*map(_compile, unit.steps())])})
+    guarded(unit.key, lambda: {"kernels": _compiled(unit.steps())})
 
 
-def _compile(step: Any) -> None:
-    if isinstance(step, Step):
-        compile.compile_kernel(step.kernel, step.signature, hardware.ARCHITECTURE, step.launch_bounds)
+def _compiled(steps: list[Any]) -> int:
+    """Compile the kernels of steps, each once; return how many there are."""
+    kernels = {(s.kernel, s.signature, s.launch_bounds) for s in steps if isinstance(s, Step)}
+    for kernel, signature, launch_bounds in kernels:
+        compile.compile_kernel(kernel, signature, hardware.ARCHITECTURE, launch_bounds)
+    return len(kernels)
 
 
 if __name__ == "__main__":

@@ -444,6 +444,23 @@ def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
     assert os.environ["CUDA_HOME"] == "/elsewhere"
 
 
+def test_machine_code_that_was_made_is_not_looked_at_again(monkeypatch, tmp_path, capsys):
+    given = []
+
+    def through(command, until, extra, done):
+        given.append(done)
+        return ("done" if done else "cut"), {**done, "unit": {"status": "ok"}, "bad": {"status": "failed"}}, ""
+
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *arguments: True)
+    monkeypatch.setattr(gpu_check, "through", through)
+    options = gpu_check.parse(["--cubins", str(tmp_path / "cubins")])
+    assert (gpu_check.prebuild(options), gpu_check.prebuild(options)) == (gpu_check.LEFT, 0)
+    monkeypatch.setattr(gpu_check.panel, "code", lambda: "changed")
+    gpu_check.prebuild(options)
+    assert given == [{}, {"unit": {"status": "ok"}}, {}]
+    assert "bad: failed" in capsys.readouterr().out
+
+
 def test_files_that_test_the_tools_are_left_out():
     assert gpu_check._host_only() == hardware.NOT_FOR_GPUS
     assert all((ROOT / "tests" / "cuda" / name).exists() for name in hardware.NOT_FOR_GPUS)

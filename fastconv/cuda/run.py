@@ -93,13 +93,15 @@ class Launch(NamedTuple):
 
 def ready(steps: Iterable[Step | Call], architecture: str) -> list[Launch]:
     """Compile steps, or take them from the disk, and load them on the current device."""
-    made = []
+    made, known = [], dict[Any, Any]()
     for step in steps:
         if isinstance(step, Call):
             made.append(Launch(step.perform, step.arguments, is_call=True))
             continue
         names, numbers = split_arguments(step)
-        code = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
+        # Some algorithms launch the same kernel a thousand times.
+        what = (step.kernel, step.signature, step.launch_bounds)
+        code = known[what] = known.get(what) or compile_kernel(*what[:2], architecture, what[2])
         made.append(Launch(launch.Launcher(code, step.grid, step.block, numbers, step.shared_bytes), names))
     return made
 
