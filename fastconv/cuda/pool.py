@@ -25,7 +25,7 @@ import numpy as np
 from ..geometry import PoolGeometry
 from ..registry import Buffer
 from . import toolchain
-from .elements import Element
+from .elements import INTEGERS, Element
 from .indices import THREADS, constant_division, divisors, index_dtype, index_type, launch, needs_wide, quotient, step
 from .lanes import MOST_STRETCH, Stretch, index_loader, index_storer, loader, storer, widest
 from .ptx import pointer_to
@@ -163,8 +163,10 @@ def finisher(element: Element, operation: str, power: float, is_fixed: bool) -> 
     return square_root if power == 2.0 else root
 
 
-def _start(operation: str, power: float) -> float:
+def _start(element: Element, operation: str, power: float) -> float:
     """Return what a window's result begins with."""
+    if element.name in INTEGERS:
+        return int(np.iinfo(element.name).min)
     return -math.inf if operation == MAXIMUM or (operation == NORM and math.isinf(power)) else 0.0
 
 
@@ -192,7 +194,7 @@ def reduce_lanes(how: How) -> Any:
     index, split, window = index_type(wide), constant_division(wide), window_rule(adaptive, wide)
     load, store, store_indices = loader(element, lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
-    sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
+    sums, begin, is_maximum = element.sums, _start(element, operation, power), operation == MAXIMUM
 
     def reduce(
         x, y, indices, factor, total, V, v_m, v_s, Q, q_m, q_s, P, p_m, p_s, O, o_m, o_s, D, H, W,
@@ -251,7 +253,7 @@ def reduce_rows(how: How, stretch: Stretch) -> Any:
     index, split, window = index_type(wide), constant_division(wide), window_rule(False, wide)
     load, store, store_indices = loader(element, load_lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
-    sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
+    sums, begin, is_maximum = element.sums, _start(element, operation, power), operation == MAXIMUM
     registers, padding = vectors * load_lanes, begin if is_maximum else 0.0
 
     def reduce(
@@ -774,7 +776,7 @@ def scatter(
     find = step(find_reach(wide, threads), [("indices", CPointer(int64)), found], numbers, wide, (blocks,), (threads,))
     of_join = _join_threads(blocks)
     join = step(join_reaches(wide, of_join), [found, reach], (blocks,), wide, (1,), (of_join,))
-    lanes = widest(dtype, inner) if aligned else 1
+    lanes = widest(dtype, inner) if aligned and dtype.name not in INTEGERS else 1
     back = Back(Element.of(dtype), LATEST if latest else MATCHING, wide, lanes, has_reach=True)
     return [find, join, _spread_step(sizes, back, spread_lanes(back), (inner // lanes, sizes.x[2]), 1.0, threads)]
 
@@ -804,6 +806,8 @@ def _reduction(
     sizes, element = _Sizes.of(g), Element.of(dtype)
     if 0 in (sizes.outer, sizes.inner, *sizes.y):
         return []
+    # Vectors are of floating-point numbers.
+    aligned = aligned and dtype.name not in INTEGERS
     factor = 1.0 if operation == MAXIMUM else _factor(g, count_padding, divisor)
     is_fixed = factor is not None
     factor = (1.0 if factor is None else factor) * (math.prod(g.kernel_size) if operation == NORM else 1)
@@ -871,7 +875,7 @@ def _factor(g: PoolGeometry, count_padding: bool, divisor: int) -> float | None:
 
 
 def _number(element: Element, value: float) -> Any:
-    return np.float64(value) if element.name == "float64" else np.float32(value)
+    return element.sums_dtype.type(value)
 
 
 def _scatter_is_wide(shape: tuple[int, ...], size: tuple[int, ...]) -> bool:

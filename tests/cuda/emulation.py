@@ -14,7 +14,7 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     out = np.empty(shape, dtype)
     out.reshape(-1).view(np.uint8)[...] = 0xFF
     if out.dtype.kind == "i":
-        out[...] = -12345
+        out[...] = np.int64(-12345).astype(dtype)
     return out
 
 

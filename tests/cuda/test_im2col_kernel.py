@@ -114,12 +114,40 @@ def test_lengths_of_transforms_have_small_factors():
     assert [fft._fast_length(n) for n in (1, 2, 11, 13, 97, 230, 2049)] == [1, 2, 12, 14, 98, 240, 2058]
 
 
-@BOTH
-def test_half_types_are_refused(name):
-    g = fastconv.ConvGeometry.create((1, 2, 4, 4), (2, 2, 3, 3), dtype=np.dtype(np.float16))
-    assert (
-        "float32 and float64, not float16" in MODULES[name].supports(g.lifted("channels_first", g.dtype), "forward")[1]
-    )
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("name", "dtype"), [("im2col", "float16"), ("fft", "float16"), ("fft", "bfloat16")])
+def test_half_types_are_rounded_once(name, dtype, direction, data_format):
+    problem = conv_problem(CASES[1], np.dtype(dtype), normal)
+    got = emulate_conv(MODULES[name], problem, direction, data_format, bias=direction == "forward")
+    how = {"algorithm": name, "reduction_length": problem.lengths[direction]}
+    assert_close(got, expected(problem, direction), **how)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sums_of_several_products_of_halves_are_not_rounded(direction, data_format, monkeypatch):
+    """Whole numbers are exact up to 2048, so that each product is; sums of them in float16 would not be."""
+    monkeypatch.setattr(im2col, "CHAIN", 4)
+    im2col._block.cache_clear()
+    case = ConvCase("blocks", (3, 2, 3, 4), (3, 2, 2, 2), padding=1)
+    problem = conv_problem(case, np.dtype(np.float16), whole)
+    got = emulate_conv(im2col, problem, direction, data_format, bias=direction == "forward", limit=0)
+    assert np.array_equal(got, expected(problem, direction))
+    g = lifted(problem, data_format)
+    products = [s for s in im2col.steps(g, direction, limit=0) if isinstance(s, Call)]
+    assert len(products) > 1
+    adding = [s for s in im2col.steps(g, direction, limit=0) if "part" in getattr(s, "arguments", ())]
+    assert [int(s.arguments[6]) for s in adding] == ([0] * (len(adding) - 1) + [1] if adding else [])
+    assert bool(adding) == (direction == "weight_grad")
+    im2col._block.cache_clear()
+
+
+def test_products_of_bfloat16_are_refused():
+    g = fastconv.ConvGeometry.create((1, 2, 4, 4), (2, 2, 3, 3), dtype=np.dtype("bfloat16"))
+    ok, reason = im2col.supports(g.lifted("channels_first", g.dtype), "forward")
+    assert not ok
+    assert "float32, float64 and float16, not bfloat16" in reason
 
 
 def test_libraries_do_the_same():
