@@ -4,7 +4,8 @@
 taken is in `gpu_timing`. Results are compared with float64 before they are timed. PyTorch has the memory; kernels get
 addresses.
 
-With --prebuild the kernels are compiled and nothing else happens, which needs no GPU.
+With --first it ends after what is asked first: the usual layer in float32 and float16. With --prebuild the kernels are
+compiled and nothing else happens, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ MODES = (
 )  # fmt: skip
 KINDS = ("3x3 stride 1", "1x1", "depthwise", "first layer", "other dense", "grouped")
 
+# How what ends a process is noted.
+FAULTS = ("crashed", "hung")
+
 # What is timed, which returns its result, and facts to store with it.
 Prepared = tuple[Callable[[], Any], dict[str, Any]]
 
@@ -58,8 +62,9 @@ class Cuda:
 
     def __init__(self) -> None:
         import torch
+        from cuda.bindings import driver
 
-        self._torch, self.architecture = torch, launch.architecture()
+        self._torch, self._bindings, self.architecture = torch, driver, launch.architecture()
         self._flushed = torch.empty(gpu_timing.FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
         self.library: Any = arrays.library_of("memory", self._flushed)
 
@@ -86,6 +91,10 @@ class Cuda:
         """Wait for all work."""
         self._torch.cuda.synchronize()
 
+    def finish(self) -> None:
+        """Wait for all work, but not for ever."""
+        hardware.finished(self._bindings)
+
     def flush(self) -> None:
         """Empty the caches."""
         self._flushed.zero_()
@@ -105,11 +114,17 @@ class Cuda:
         return 1e-3 * first.elapsed_time(last)
 
 
-def bench(device: Any) -> None:
+def bench(device: Any, only_first: bool = False) -> None:
     """Measure, the most important first."""
     guarded("copy", partial(copy_bandwidth, device))
-    for unit in units(device):
+    for unit in first(device) if only_first else units(device):
         unit.measure()
+
+
+def first(device: Any) -> list[Unit]:
+    """Return what is asked first: the most important kind of layer in the two most important ways."""
+    found = (unit for unit in units(device) if unit.facts["kind"] == KINDS[0])
+    return list(itertools.islice(found, 2))
 
 
 def units(device: Any) -> Iterator[Unit]:
@@ -171,15 +186,24 @@ class Unit:
     def measure(self) -> None:
         """Time all contenders."""
         for who, prepare in self.contenders():
+            if self._has_faulted(who):
+                continue
             work = partial(self._measured, who, prepare)
             guarded(f"{self.key} | {who}", work, who=who, **self.where, **self.facts)
 
+    def _has_faulted(self, who: str) -> bool:
+        """Return whether another layer, done in the same way, has ended a process: that takes too much time twice."""
+        way = " | ".join(["", self.direction, self.data_format, self.dtype, who])
+        return any(key.endswith(way) and status in FAULTS for key, status in hardware.reported().items())
+
     def _measured(self, who: str, prepare: Callable[[], Prepared]) -> dict[str, Any]:
         call, facts = prepare()
+        result = call()
+        self.device.finish()
         try:
-            rms = self.error(call())
+            rms = self.error(result)
         except RuntimeError as error:
-            # No reference, or a call that will fail again when it is timed.
+            # No reference, or a fault that will show again when it is timed.
             rms, facts = float("nan"), {**facts, "text": str(error)[-300:]}
         found, host = self.device.measure(call)
         times = {"us": found.median, "us_q20": found.q20, "us_q80": found.q80, "host_us": host}
@@ -398,13 +422,16 @@ def prebuild() -> None:
 
 
 def _build(unit: Unit) -> None:
-    guarded(unit.key, lambda: {"kernels": len([*map(_compile, unit.steps())])})
+    guarded(unit.key, lambda: {"kernels": _compiled(unit.steps())})
 
 
-def _compile(step: Any) -> None:
-    if isinstance(step, Step):
-        compile.compile_kernel(step.kernel, step.signature, hardware.ARCHITECTURE, step.launch_bounds)
+def _compiled(steps: list[Any]) -> int:
+    """Compile the kernels of steps, each once; return how many there are."""
+    kernels = {(s.kernel, s.signature, s.launch_bounds) for s in steps if isinstance(s, Step)}
+    for kernel, signature, launch_bounds in kernels:
+        compile.compile_kernel(kernel, signature, hardware.ARCHITECTURE, launch_bounds)
+    return len(kernels)
 
 
 if __name__ == "__main__":
-    prebuild() if "--prebuild" in sys.argv else bench(Cuda())
+    prebuild() if "--prebuild" in sys.argv else bench(Cuda(), "--first" in sys.argv)

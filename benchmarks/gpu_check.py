@@ -9,8 +9,8 @@ compute-sanitizer. `bench` times every algorithm against PyTorch, and copying, t
 
 All that touches the device does so in processes of its own, which say what they are about to do (`gpu_look`,
 `gpu_bench`, tests/cuda/hardware.py). One that dies or hangs costs the thing that it had begun: that is noted, and
-another process goes on with the rest. Results are merged into one JSON file, with a table beside it. None of it has run
-on a GPU yet.
+another process goes on with the rest. Results are merged into one JSON file as they come, with a table beside it. None
+of it has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -44,9 +44,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/cuda"
 PARTS = ("look", "tests", "sanitizer", "bench")
 # Share of the minutes by whose end a part is over: what is left of it is done another time.
-ENDS = {"look": 0.2, "tests": 0.5, "sanitizer": 0.6, "bench": 1.0}
+ENDS = {"look": 0.25, "tests": 0.55, "sanitizer": 0.65, "bench": 1.0}
 # Seconds without a sign of life after which a process is taken for dead.
 QUIET = 90.0
+# Seconds that a process which is killed may take to die: it may be waiting for the device.
+DYING = 10.0
+# Processes that may die or hang over one command; then what is left of it waits for another time.
+MOST_FAULTS = 8
+# Seconds between one saving of results and the next.
+SAVE_EVERY = 5.0
 # Processes that test at the same time.
 MOST_AT_ONCE = 6
 # Where the system may have CUDA.
@@ -57,8 +63,16 @@ EVERY = 40
 # Failed tests of a file that the summary names.
 SHOWN = 3
 LEFT = 3
+# What tells tests where to run. Whatever plugins are there, none is needed.
+ON_DEVICE = {"FASTCONV_TEST_GPU": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+# Nowhere: kernels are compiled, and nothing is asserted.
+COMPILED = {**ON_DEVICE, "FASTCONV_TEST_GPU": "compiled", "PYTHONOPTIMIZE": "1", "PYTEST_ADDOPTS": "--assert=plain"}
 
 Lines = dict[str, dict[str, Any]]
+# Writes the results so far to the file.
+Save = Callable[[], None]
+# What keys of the first look begin with that are many.
+PUBLICLY = "public operations on "
 # Set when this process is told to end: what runs is cut, and the results so far are saved.
 STOP = threading.Event()
 
@@ -67,11 +81,15 @@ STOP = threading.Event()
 
 
 def watch(
-    command: Sequence[str], report: Path, until: float, extra: dict[str, str], fine: Sequence[int]
-) -> tuple[str, str]:
-    """Run a process; return "done", "crashed", "hung" or "cut", and the end of what it printed."""
+    command: Sequence[str], report: Path, until: float, extra: dict[str, str], fine: Sequence[int],
+    grown: Callable[[], None],
+) -> tuple[str, str]:  # fmt: skip
+    """Run a process; return "done", "crashed", "hung" or "cut", and the end of what it printed.
+
+    `grown` is called now and then while its report grows.
+    """
     env = {**os.environ, **extra, "PYTHONPATH": str(ROOT), "FASTCONV_TEST_GPU_REPORT": str(report)}
-    size, sign, how = -1, time.monotonic(), ""
+    size, sign, how, told = -1, time.monotonic(), "", time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         child = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -79,36 +97,46 @@ def watch(
         try:
             while child.poll() is None and not how:
                 time.sleep(0.1)
-                now, grown = time.monotonic(), report.stat().st_size if report.exists() else 0
-                size, sign = grown, sign if grown == size else now
+                now, found = time.monotonic(), report.stat().st_size if report.exists() else 0
+                size, sign = found, sign if found == size else now
+                if sign > told and now > told + SAVE_EVERY:
+                    told = now
+                    grown()
                 how = "cut" if now > until or STOP.is_set() else "hung" if now - sign > QUIET else ""
         finally:
             # Its children too.
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(DYING)
         output.seek(0)
         tail = output.read()[-3000:]
     return how or ("done" if child.returncode in fine else "crashed"), tail
 
 
 def through(
-    command: Sequence[str], until: float, extra: dict[str, str], done: Lines, fine: Sequence[int] = (0,)
-) -> tuple[str, Lines, str]:
-    """Run a process, and others in its place when it dies; return how the last one ended, all lines, and its output."""
+    command: Sequence[str], until: float, extra: dict[str, str], done: Lines, fine: Sequence[int] = (0,),
+    keep: Callable[[Lines], None] = lambda found: None,
+) -> tuple[str, Lines, str]:  # fmt: skip
+    """Run a process, and others in its place when it dies; return how the last one ended, all lines, and the output.
+
+    `keep` is given the lines now and then.
+    """
+    tails: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         report.write_text("".join(json.dumps({**line, "key": key}) + "\n" for key, line in done.items()))
         while True:
             before = len(lines_of(report)[0])
-            how, tail = watch(command, report, until, extra, fine)
+            how, tail = watch(command, report, until, extra, fine, lambda: keep(lines_of(report)[0]))
+            tails.append(tail)
             found, begun = lines_of(report)
             if how in ("crashed", "hung") and begun and begun not in found:
                 with report.open("a") as file:
                     file.write("\n" + json.dumps({"key": begun, "status": how, "text": tail[-800:]}) + "\n")
                 found, _ = lines_of(report)
-            if how in ("done", "cut") or len(found) == before:
-                return how, found, tail
+            if how in ("done", "cut") or len(found) == before or len(tails) == MOST_FAULTS:
+                return how, found, "\n".join(tails)
 
 
 def lines_of(report: Path) -> tuple[Lines, str]:
@@ -126,30 +154,55 @@ def lines_of(report: Path) -> tuple[Lines, str]:
 # --- parts -----------------------------------------------------------------------------------------------------
 
 
-def look(results: dict[str, Any], until: float) -> bool:
-    """Take the first look."""
-    how, results["look"], tail = through(_module("look"), until, {}, results["look"])
-    if how != "done":
-        results["look"]["look"] = {"status": how, "text": tail}
+def look(results: dict[str, Any], until: float, save: Save) -> bool:
+    """Take the first look, and time what is asked first."""
+    ended = _lines(results, "look", _module("look"), until, save)
+    return _has_gpu(results) and _lines(results, "bench", [*_module("bench"), "--first"], until, save) and ended
+
+
+def bench(results: dict[str, Any], until: float, save: Save) -> bool:
+    """Time what has not been timed."""
+    return _lines(results, "bench", _module("bench"), until, save)
+
+
+def _lines(results: dict[str, Any], part: str, command: Sequence[str], until: float, save: Save) -> bool:
+    """Run what writes the lines of a part; return whether there is nothing left to do."""
+
+    def keep(found: Lines) -> None:
+        results[part] = found
+        save()
+
+    results[part].pop(part, None)
+    how, results[part], tail = through(command, until, {}, results[part], keep=keep)
+    if how not in ("done", "cut"):
+        results[part][part] = {"status": how, "text": tail[-3000:]}
     return how == "done"
 
 
-def run_tests(results: dict[str, Any], until: float, mode: str = "1", at_once: int = MOST_AT_ONCE) -> bool:
+def _has_gpu(results: dict[str, Any]) -> bool:
+    return results["look"].get("machine", {}).get("architecture", "sm_").startswith("sm_")
+
+
+def run_tests(
+    results: dict[str, Any], until: float, save: Save, how: dict[str, str] = ON_DEVICE, at_once: int = MOST_AT_ONCE
+) -> bool:
     """Run the tests of each file in a process of its own, those of single instructions first."""
     names = sorted(path.name for path in (ROOT / TESTS).glob("test_*.py"))
     names.sort(key=lambda name: name != "test_ptx.py")
     left = [n for n in names if n not in _host_only() and results["tests"].get(n, {}).get("status") != "done"]
 
     def one(name: str) -> None:
-        start = time.monotonic()
-        extra = {"FASTCONV_TEST_GPU": mode, **_QUIET_PYTEST}
+        start, before = time.monotonic(), results["tests"].get(name, {})
         # Failures, and that there was nothing to run, are results.
-        how, found, tail = through(_pytest(f"{TESTS}/{name}"), until, extra, {}, (0, 1, 5))
+        ended, found, tail = through(_pytest(f"{TESTS}/{name}"), until, how, before.get("found", {}), (0, 1, 5))
         bad = {key: line for key, line in found.items() if line["status"] not in ("passed", "skipped")}
         counts = Counter(line["status"] for line in found.values())
-        text = {} if how == "done" and not bad else {"text": tail}
-        seconds = round(time.monotonic() - start, 1)
-        results["tests"][name] = {"status": how, "counts": counts, "seconds": seconds, "bad": bad, **text}
+        more: dict[str, Any] = {} if ended == "done" else {"found": found}
+        if ended != "done" or bad:
+            more["text"] = tail[-3000:]
+        seconds = round(before.get("seconds", 0.0) + time.monotonic() - start, 1)
+        results["tests"][name] = {"status": ended, "counts": counts, "seconds": seconds, "bad": bad, **more}
+        save()
 
     if left[:1] == ["test_ptx.py"]:
         one(left.pop(0))
@@ -166,7 +219,7 @@ def _host_only() -> list[str]:
     return json.loads(found[1])
 
 
-def sanitizer(results: dict[str, Any], until: float) -> bool:
+def sanitizer(results: dict[str, Any], until: float, save: Save) -> bool:
     """Run a few tests under each tool of compute-sanitizer."""
     folders = (os.environ.get("PATH", ""), *(str(home / "bin") for home in CUDA_HOMES))
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -176,24 +229,20 @@ def sanitizer(results: dict[str, Any], until: float) -> bool:
 
     def one(tool: str) -> None:
         command = [program, "--tool", tool, "--target-processes", "all", *_pytest(TESTS)]
-        extra = {"FASTCONV_TEST_GPU": "1", "FASTCONV_TEST_GPU_EVERY": str(EVERY), **_QUIET_PYTEST}
-        how, found, tail = through(command, until, extra, {}, (0, 1, 5))
+        extra = {**ON_DEVICE, "FASTCONV_TEST_GPU_EVERY": str(EVERY)}
+        before = results["sanitizer"].get(tool, {})
+        how, found, tail = through(command, until, extra, before.get("found", {}), (0, 1, 5))
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", tail)
         counts = Counter(line["status"] for line in found.values())
         status = how if summary or how != "done" else "failed"
-        results["sanitizer"][tool] = {"status": status, "summary": summary, "counts": counts, "text": tail}
+        more = {} if how == "done" else {"found": found}
+        said = {"summary": [*before.get("summary", []), *summary], "text": tail[-3000:]}
+        results["sanitizer"][tool] = {"status": status, "counts": counts, **said, **more}
+        save()
 
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         list(pool.map(one, [t for t in TOOLS if results["sanitizer"].get(t, {}).get("status") != "done"]))
     return all(line["status"] == "done" for line in results["sanitizer"].values())
-
-
-def bench(results: dict[str, Any], until: float) -> bool:
-    """Time what has not been timed."""
-    how, results["bench"], tail = through(_module("bench"), until, {}, results["bench"])
-    if how not in ("done", "cut"):
-        results["bench"]["bench"] = {"status": how, "text": tail}
-    return how == "done"
 
 
 def _module(part: str) -> list[str]:
@@ -202,10 +251,6 @@ def _module(part: str) -> list[str]:
 
 def _pytest(where: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", where]
-
-
-# Whatever plugins are there, none is needed.
-_QUIET_PYTEST = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
 def find_libraries(cubins: Path) -> None:
@@ -225,7 +270,11 @@ def load(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text()) if path.exists() else empty
     if found["code"] != empty["code"]:
         print(f"{path} is of other code: starting anew")
-    return found if found["code"] == empty["code"] else empty
+        return empty
+    if not _has_gpu(found):
+        # There may be one now.
+        del found["look"]["machine"]
+    return found
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -248,14 +297,22 @@ def summary(results: dict[str, Any]) -> list[str]:
     machine = results["look"].get("machine", {})
     commit = f"Code {results['code']}, commit {machine.get('commit', 'unknown')}."
     lines = [f"# {machine.get('gpu', 'No GPU seen')}", "", commit, ""]
+    public = {key: line for key, line in results["look"].items() if key.startswith(PUBLICLY)}
+    fine = [key for key, line in public.items() if line["status"] == "ok"]
+    # Ten lines of the same kind say enough.
+    hidden = {*fine, *[key for key in public if key not in fine][10:]}
     for key, line in results["look"].items():
         facts = {k: v for k, v in line.items() if k not in ("status", "text")}
-        lines.append(f"- {key}: {line['status']} {facts}{_reason(line)}")
+        if key not in hidden:
+            lines.append(f"- {key}: {line['status']} {facts}{_reason(line)}")
+    lines.append(f"- {PUBLICLY}arrays: {len(fine)} of {len(public)} ok")
     lines += ["", "| tests | | passed | skipped | other | s |", "|---|---|---:|---:|---:|---:|"]
     for name, line in results["tests"].items():
         numbers = (line["counts"].get("passed", 0), line["counts"].get("skipped", 0), len(line["bad"]), line["seconds"])
         lines.append(f"| {name} | {line['status']} | {' | '.join(map(str, numbers))} |")
-    for line in results["tests"].values():
+    for name, line in results["tests"].items():
+        if line["status"] not in ("done", "cut"):
+            lines.append(f"- {name}: {line['status']}{_reason(line)}")
         lines += [f"- {key}: {bad['status']}{_reason(bad)}" for key, bad in [*line["bad"].items()][:SHOWN]]
     lines += ["", *results.get("errors", [])]
     for tool, line in results["sanitizer"].items():
@@ -376,18 +433,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def check(options: argparse.Namespace, parts: dict[str, Callable[[dict[str, Any], float], bool]]) -> int:
+def check(options: argparse.Namespace, parts: dict[str, Callable[[dict[str, Any], float, Save], bool]]) -> int:
     """Do what the file lacks, as far as the minutes go; return the exit status."""
-    results, start, ended = load(options.out), time.monotonic(), True
+    results, start, ended, turn = load(options.out), time.monotonic(), True, threading.Lock()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        with turn:
+            save(options.out, results)
+
     for name in options.only:
         until = start + 60 * options.minutes * ENDS[name]
         try:
-            ended &= parts[name](results, until)
+            ended &= parts[name](results, until, keep)
         except Exception:
             ended, results["errors"] = False, [*results.get("errors", []), traceback.format_exc()[-1500:]]
-        save(options.out, results)
-        if not results["look"].get("machine", {}).get("architecture", "sm_").startswith("sm_"):
+        keep()
+        if not _has_gpu(results):
             ended = False
             break
     print("\n".join(summary(results)))
@@ -398,8 +460,15 @@ def prebuild(options: argparse.Namespace) -> int:
     """Build the machine code of all that `check` launches; return the exit status."""
     until = time.monotonic() + 60 * options.minutes
     results: dict[str, Any] = {"tests": {}}
-    ended = run_tests(results, until, "emulated", info.cores_available())
-    how, found, tail = through([*_module("bench"), "--prebuild"], until, {}, {})
+    ended = run_tests(results, until, lambda: None, COMPILED, info.cores_available())
+    # Looking again at what is done takes minutes.
+    path = options.cubins / "built.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    done = before["done"] if before.get("code") == panel.code() else {}
+    how, found, tail = through([*_module("bench"), "--prebuild"], until, {}, done)
+    done = {key: line for key, line in found.items() if line["status"] == "ok"}
+    options.cubins.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"code": panel.code(), "done": done}))
     for name, line in results["tests"].items():
         print(f"{name}: {line['status']}, {dict(line['counts'])}", *line["bad"], sep="\n  ")
     for key, line in found.items():

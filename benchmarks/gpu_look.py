@@ -45,6 +45,8 @@ PACKAGES = (
 )  # fmt: skip
 # Largest RMS error, whatever an algorithm promises.
 LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
+# What keys of public operations begin with.
+PUBLICLY = "public operations on "
 # What the public operations are tried on, by groups; the second is depthwise.
 PUBLIC = {n: Workload("public", f"{n} groups", (2, 4, 9, 10), (8, 4 // n, 3, 3), (2, 1), 1, groups=n) for n in (1, 4)}
 
@@ -54,26 +56,34 @@ def guarded(key: str, work: Callable[[], dict[str, Any]], **facts: Any) -> None:
     if key in hardware.reported():
         return
     hardware.write(start=key)
-    start = perf_counter()
+    start, gone = perf_counter(), False
     try:
         found = {"status": "ok", **work()}
+    except hardware.Endless as error:
+        found, gone = {"status": "hung", "text": str(error)}, True
     except Exception:
-        found = {"status": "failed", "text": traceback.format_exc()[-1500:]}
+        gone = hardware.is_lost()
+        found = {"status": "crashed" if gone else "failed", "text": traceback.format_exc()[-1500:]}
     hardware.write(key=key, **facts, **found, seconds=round(perf_counter() - start, 3))
-    if found["status"] == "failed" and hardware.is_lost():
+    if gone:
         os._exit(hardware.LOST)
 
 
 def look() -> None:
-    """Ask everything, in order."""
+    """Ask everything, in order; without a GPU that is one thing, which says why there is none."""
     guarded("machine", machine)
+    try:
+        launch.architecture()
+    except fastconv.FastconvError:
+        return
     for name in PROGRAMS:
         guarded(f"prebuilt {name}", partial(prebuilt, name))
     guarded("compiled here", compiled_here)
     guarded("numba.cuda.jit", numba_jit)
     guarded("launch", launch_costs)
-    for library, dtype in itertools.product(("torch", "cupy"), LIMITS):
-        guarded(f"public operations on {library} {dtype}", partial(public_operations, library, dtype))
+    names = ["auto", *(a.name for a in registry.on("cuda"))]
+    for how in itertools.product(("torch", "cupy"), LIMITS, names):
+        guarded(f"{PUBLICLY}{' '.join(how)}", partial(public_operations, *how))
 
 
 # --- what is there ---------------------------------------------------------------------------------------------
@@ -245,11 +255,11 @@ WAYS: dict[str, Callable[[], Callable[[], Any]]] = {
 # --- public operations -----------------------------------------------------------------------------------------
 
 
-def public_operations(library: str, dtype: str) -> dict[str, Any]:
-    """Compare convolutions of every algorithm in both formats, and their gradients, with the oracle."""
+def public_operations(library: str, dtype: str, algorithm: str) -> dict[str, Any]:
+    """Compare convolutions of an algorithm in both formats, and their gradients, with the oracle."""
     (put, back), random = _library(library, dtype), np.random.default_rng(0)
     errors = {}
-    for algorithm, layer in itertools.product(["auto", *(a.name for a in registry.on("cuda"))], PUBLIC.values()):
+    for layer in PUBLIC.values():
         x, w = (back(put(random.standard_normal(s))) for s in (layer.x_shape, layer.weight_shape))
         y = reference.conv(x, w, None, **layer.arguments)
         # The oracle's result, rounded, serves as the gradient.
@@ -265,11 +275,24 @@ def public_operations(library: str, dtype: str) -> dict[str, Any]:
                 )
             except fastconv.UnsupportedError:
                 continue
+            _finish()
             pairs = ((got, moved(y)), (grads.input, moved(dx)), (grads.weight, dw))
-            errors[f"{algorithm}, {layer.name}, {data_format}"] = max(rms_error(back(a), b) for a, b in pairs)
+            errors[f"{layer.name}, {data_format}"] = max(rms_error(back(a), b) for a, b in pairs)
     wrong = {name: error for name, error in errors.items() if not error <= LIMITS[dtype]}
-    worst = max(errors.values(), default=float("nan"))
-    return {"status": "wrong" if wrong or not errors else "ok", "tried": len(errors), "rms": worst, "text": str(wrong)}
+    text = f"wrong: {wrong}" if wrong else "" if errors else "it supports none of this"
+    return {"status": "wrong" if wrong else "ok", "tried": len(errors), "rms": max(errors.values(), default=0.0),
+            "text": text}  # fmt: skip
+
+
+def _finish() -> None:
+    """Wait for the GPU, but not for ever."""
+    try:
+        from cuda.bindings import driver
+
+        hardware.finished(driver)
+    except (ImportError, RuntimeError):
+        # Without a driver nothing has been launched.
+        return
 
 
 def _moved(array: np.ndarray, data_format: str) -> np.ndarray:

@@ -61,8 +61,8 @@ class NumpyArrays:
 
     @staticmethod
     def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-        """Write the products of matrices side by side."""
-        np.matmul(a, b, out=out)
+        """Write the products of matrices side by side, summed in float32 at least."""
+        np.matmul(a, b, out=out, dtype=np.result_type(out.dtype, np.float32), casting="same_kind")
 
     @staticmethod
     def rfftn(a: np.ndarray, out: np.ndarray) -> None:

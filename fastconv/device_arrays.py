@@ -10,6 +10,7 @@ import math
 import sys
 from functools import cache, cached_property
 from importlib import import_module
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,7 +127,7 @@ class DeviceLibrary:
         """Return a fresh C-contiguous array; with the option `poison`, full of NaN."""
         held = self.new(dimensions, dtype)
         if config.get("poison"):
-            held[...] = math.nan if dtype.kind != "i" else np.iinfo(dtype).max // 3
+            held[...] = math.nan if dtype.kind not in "iu" else np.iinfo(dtype).max // 3
         return DeviceArray(self, held)
 
     def current(self) -> Any:
@@ -209,7 +210,9 @@ class _CupyOnDevice(DeviceLibrary):
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
-        self._cupy = sys.modules["cupy"]
+        self._cupy = cupy = sys.modules["cupy"]
+        # Asked in every call.
+        self._current_device, self._current_stream = cupy.cuda.runtime.getDevice, cupy.cuda.get_current_stream
 
     def adopt(self, name: str, value: Any) -> Any:
         # CuPy waits for the stream that the interface names.
@@ -219,7 +222,7 @@ class _CupyOnDevice(DeviceLibrary):
         return self._cupy.cuda.Device(self.index)
 
     def is_current(self) -> bool:
-        return self._cupy.cuda.runtime.getDevice() == self.index
+        return self._current_device() == self.index
 
     def new(self, dimensions: tuple[int, ...], dtype: np.dtype) -> Any:
         return self._cupy.empty(dimensions, dtype)
@@ -234,11 +237,9 @@ class _CupyOnDevice(DeviceLibrary):
     def dtype_of(self, held: Any) -> np.dtype:
         return held.dtype
 
-    def is_contiguous(self, held: Any) -> bool:
-        return held.flags.c_contiguous
-
-    def address_of(self, held: Any) -> int:
-        return held.data.ptr
+    # In C: they are asked of every array of every call.
+    is_contiguous = staticmethod(attrgetter("flags.c_contiguous"))  # type: ignore[assignment]
+    address_of = staticmethod(attrgetter("data.ptr"))  # type: ignore[assignment]
 
     def moved(self, held: Any, source: int, destination: int) -> Any:
         return self._cupy.moveaxis(held, source, destination)
@@ -253,7 +254,7 @@ class _CupyOnDevice(DeviceLibrary):
         target[...] = source
 
     def stream(self) -> int:
-        return self._cupy.cuda.get_current_stream().ptr
+        return self._current_stream().ptr
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         self._cupy.matmul(a, b, out=out)
@@ -351,7 +352,11 @@ def _torch_on(index: int) -> _TorchOnDevice:
 
 
 def _cupy_likeness(array: Any) -> Any:
-    return _cupy_on(array.device.id).likeness(array)
+    """Return what `likeness` does, in as few words as can be."""
+    memory = array.data
+    if memory.ptr % ALIGNMENT or not array.flags.c_contiguous:
+        return None
+    return memory.device_id, array.shape, array.dtype
 
 
 def _torch_likeness(tensor: Any) -> Any:

@@ -66,7 +66,8 @@ def key(
 ) -> str:
     """Return the name of an entry: a lifted geometry, the caller's dtype, and what else a time depends on.
 
-    `units` is the number of threads, or the architecture of a GPU of this model.
+    `units` is the number of threads, or the architecture of a GPU of this model, whose times depend on its kernels'
+    sources too: those of the CPU's are in the file's name.
     """
     sizes = {
         "in": inner.input_size, "kernel": inner.kernel_size, "out": inner.output_size, "stride": inner.stride,
@@ -76,6 +77,8 @@ def key(
         units = f"threads={units}"
     elif model:
         units = f"{units} {model.replace(' ', '_')}"
+    if device != "cpu":
+        units = f"{units} kernels={sources_digest(device)[:16]}"
     words = [f"{name}={'x'.join(map(str, values))}" for name, values in sizes.items()]
     channels = f"n={inner.batch} c={inner.in_channels} k={inner.out_channels} groups={inner.groups}"
     return " ".join([device, direction, str(dtype), inner.data_format, channels, *words, units, precision])
@@ -109,6 +112,16 @@ def _together(values: list[str]) -> str:
     pairs = [value.split("+") for value in values]
     words = [before if set(rest) <= {before} else ":".join([before, *rest]) for before, *rest in pairs]
     return words[0] if len(set(words)) == 1 else "x".join(words)
+
+
+@lru_cache(maxsize=2)
+def sources_digest(device: str) -> str:
+    """Return a digest of all that kernels of a device, "cpu" or "cuda", are made from."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    # The constants of transforms and activations are shared by the devices.
+    for path in [*sorted((here / device).glob("*.py")), here / "minimal_filtering.py", here / "activations.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def times(entry: str) -> Mapping[str, float]:

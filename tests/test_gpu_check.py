@@ -10,10 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
-from fastconv import device_arrays, registry
+from fastconv import MissingDependencyError, UnsupportedError, device_arrays, registry
 from fastconv.cli.flags import benchmarks
 from fastconv.geometry import DIRECTIONS
 
@@ -41,7 +42,7 @@ for key in {keys!r}:
     if not any(line.get("key") == key for line in lines):
         print("working on", key)
         write(start=key)
-        if key == "dies":
+        if key.startswith("dies"):
             os._exit(9)
         if key == "hangs":
             time.sleep(60)
@@ -49,9 +50,9 @@ for key in {keys!r}:
 """
 
 
-def through(*keys, done=None, seconds=30.0):
+def through(*keys, done=None, seconds=30.0, **how):
     command = [sys.executable, "-c", WORKER.format(keys=keys)]
-    return gpu_check.through(command, time.monotonic() + seconds, {}, done or {})
+    return gpu_check.through(command, time.monotonic() + seconds, {}, done or {}, **how)
 
 
 def test_what_dies_or_hangs_is_noted_and_the_rest_is_done(monkeypatch):
@@ -83,6 +84,21 @@ def test_time_is_kept_and_what_was_cut_is_left_for_another_time():
     assert time.monotonic() - start < 20
 
 
+def test_what_is_done_is_kept_while_the_rest_is_not(monkeypatch):
+    monkeypatch.setattr(gpu_check, "SAVE_EVERY", 0.0)
+    seen = []
+    how, found, _ = through("first", "hangs", "last", seconds=3.0, keep=lambda lines: seen.append(list(lines)))
+    assert (how, seen[-1]) == ("cut", ["first"])
+
+
+def test_processes_that_die_one_after_the_other_leave_time_for_other_things(monkeypatch):
+    monkeypatch.setattr(gpu_check, "MOST_FAULTS", 2)
+    how, found, _ = through("dies 1", "dies 2", "dies 3")
+    assert (how, list(found)) == ("crashed", ["dies 1", "dies 2"])
+    how, found, _ = through("dies 1", "dies 2", "dies 3", "last", done=found)
+    assert (how, list(found)) == ("done", ["dies 1", "dies 2", "dies 3", "last"])
+
+
 # --- order and merging -----------------------------------------------------------------------------------------
 
 
@@ -95,7 +111,7 @@ def test_parts_come_in_order_each_until_its_share_of_the_time_and_one_that_fails
     seen = []
 
     def part(name, ended):
-        def do(results, until):
+        def do(results, until, save):
             seen.append((name, round((until - time.monotonic()) / 60)))
             if name == "tests":
                 raise OSError("lost")
@@ -115,12 +131,32 @@ def test_parts_come_in_order_each_until_its_share_of_the_time_and_one_that_fails
 
 
 def test_without_a_gpu_nothing_follows_the_look(options, capsys):
-    def look(results, until):
+    def look(results, until, save):
+        assert "machine" not in results["look"]
         results["look"]["machine"] = {"status": "ok", "architecture": "UnsupportedError: no NVIDIA driver"}
         return True
 
-    assert gpu_check.check(options, {"look": look}) == gpu_check.LEFT
-    assert "no NVIDIA driver" in capsys.readouterr().out
+    # And the next time it is looked for again.
+    for _ in range(2):
+        assert gpu_check.check(options, {"look": look}) == gpu_check.LEFT
+        assert "no NVIDIA driver" in capsys.readouterr().out
+
+
+def test_a_file_of_tests_that_is_cut_goes_on_where_it_was(monkeypatch):
+    given, passed = [], {"status": "passed"}
+
+    def through(command, until, extra, done, fine):
+        given.append(done)
+        return ("done" if done else "cut"), {**done, f"test {len(done)}": passed}, "the end"
+
+    monkeypatch.setattr(gpu_check, "through", through)
+    monkeypatch.setattr(gpu_check, "_host_only", lambda: [p.name for p in (ROOT / "tests" / "cuda").glob("test_[!p]*")])
+    results, saved = {"tests": {}}, []
+    assert not gpu_check.run_tests(results, 0.0, lambda: saved.append(len(results["tests"])))
+    assert gpu_check.run_tests(results, 0.0, lambda: saved.append(len(results["tests"])))
+    assert given == [{}, {}, {"test 0": passed}, {"test 0": passed}]
+    assert saved == [1, 2, 2, 2]
+    assert results["tests"]["test_pool.py"]["counts"] == {"passed": 2}
 
 
 def test_results_of_other_code_do_not_count(options, monkeypatch):
@@ -185,6 +221,9 @@ class Device(Kept):
 
     def workspace(self, call):
         return 0
+
+    def finish(self):
+        pass
 
     def measure(self, call):
         call()
@@ -260,6 +299,30 @@ def test_a_wrong_result_and_an_exception_are_noted(device, report, monkeypatch):
     assert "ZeroDivisionError" in report()[f"{again.key} | direct"]["text"]
 
 
+def test_what_ended_a_process_is_not_tried_again_on_another_layer(device, report, monkeypatch):
+    where = "forward | channels_first | float32"
+    hardware.write(key=f"other | layer | {where} | direct", status="crashed")
+    hardware.write(key=f"other | layer | {where} | fft", status="wrong")
+    ours = registry.named("direct", "cuda")
+    monkeypatch.setattr(gpu_bench.registry, "on", lambda device: ours)
+    for direction in DIRECTIONS[:2]:
+        gpu_bench.ConvUnit(device, TINY, direction, *gpu_bench.MODES[0]).measure()
+    assert f"tiny | 3x3 | {where} | torch" in report()
+    assert f"tiny | 3x3 | {where} | direct" not in report()
+    assert "tiny | 3x3 | input_grad | channels_first | float32 | direct" in report()
+
+
+def test_what_is_asked_first_is_timed_first(report, monkeypatch):
+    timed = []
+    monkeypatch.setattr(gpu_bench.Unit, "measure", lambda unit: timed.append(unit))
+    monkeypatch.setattr(gpu_bench, "copy_bandwidth", lambda device: {"bytes_per_s": 1.0})
+    gpu_bench.bench(gpu_bench.Nowhere(), only_first=True)
+    assert [(u.facts["kind"], u.direction, u.dtype, u.data_format) for u in timed] == [
+        ("3x3 stride 1", "forward", "float32", "channels_first"),
+        ("3x3 stride 1", "forward", "float16", "channels_last"),
+    ]
+
+
 def test_one_layer_of_each_kind_comes_first_and_each_thing_once():
     units = list(gpu_bench.units(gpu_bench.Nowhere()))
     first = units[: len(gpu_bench.KINDS)]
@@ -314,6 +377,21 @@ def test_a_device_that_faults_ends_the_process(stand_in, monkeypatch, capfd):
     assert "add_vectors: CUDA_ERROR_ILLEGAL_ADDRESS" in capfd.readouterr().err
 
 
+def test_a_kernel_that_does_not_end_is_noted_and_ends_the_process(report, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.exit(f"status {status}"))
+    monkeypatch.setattr(hardware, "PATIENCE", 0.1)
+    busy = SimpleNamespace(cuStreamQuery=lambda stream: (SimpleNamespace(name="CUDA_ERROR_NOT_READY"),))
+    with pytest.raises(pytest.exit.Exception, match="status 70"):
+        gpu_look.guarded("endless", lambda: hardware.finished(busy))
+    assert report()["endless"]["status"] == "hung"
+
+
+def test_without_machine_code_and_a_compiler_a_test_is_skipped(stand_in, monkeypatch):
+    monkeypatch.setattr(hardware, "compile_kernel", mock.Mock(side_effect=MissingDependencyError("no libnvvm")))
+    with pytest.raises(pytest.skip.Exception, match="add_vectors has not been built beforehand: no libnvvm"):
+        hardware.emulate(gpu_look.kernels.add_vectors, 1, 32)
+
+
 def test_public_operations_are_compared_with_the_oracle(monkeypatch):
     module = gpu.Cupy()
     driver = gpu.Driver(module.memory)
@@ -327,16 +405,16 @@ def test_public_operations_are_compared_with_the_oracle(monkeypatch):
     caches = (device_arrays._cupy_on, launch._stream, run._conv_launches)
     for cache in caches:
         cache.cache_clear()
-    found = gpu_look.public_operations("cupy", "float32")
+    found = gpu_look.public_operations("cupy", "float32", "direct")
     for cache in caches:
         cache.cache_clear()
-    assert (found["status"], found["tried"]) == ("ok", 8)
+    assert (found["status"], found["tried"]) == ("ok", 4)
     assert found["rms"] < 1e-6
 
 
 def test_the_tests_run_through_the_device_and_say_how(tmp_path):
     command = [*gpu_check._pytest("tests/cuda/test_ptx.py"), "-k", "mma_multiplies or mma_is_one_instruction"]
-    extra = {"FASTCONV_TEST_GPU": "emulated", "FASTCONV_PREBUILT": str(tmp_path), **gpu_check._QUIET_PYTEST}
+    extra = {**gpu_check.ON_DEVICE, "FASTCONV_TEST_GPU": "emulated", "FASTCONV_PREBUILT": str(tmp_path)}
     how, found, output = gpu_check.through(command, time.monotonic() + 120, extra, {}, (0, 1, 5))
     assert how == "done", output
     assert [key.partition("::")[2] for key in found] == [
@@ -345,6 +423,13 @@ def test_the_tests_run_through_the_device_and_say_how(tmp_path):
     ]
     assert {line["status"] for line in found.values()} == {"passed"}
     assert len(list(tmp_path.glob("*.kernel"))) == 4
+
+
+def test_without_a_gpu_nothing_else_is_asked(report, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", mock.Mock(side_effect=UnsupportedError("no NVIDIA driver")))
+    gpu_look.look()
+    (line,) = report().values()
+    assert line["architecture"] == "UnsupportedError: no NVIDIA driver"
 
 
 def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
@@ -357,6 +442,23 @@ def test_libnvvm_is_looked_for_where_the_system_has_it(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {"CUDA_HOME": "/elsewhere"})
     gpu_check.find_libraries(tmp_path)
     assert os.environ["CUDA_HOME"] == "/elsewhere"
+
+
+def test_machine_code_that_was_made_is_not_looked_at_again(monkeypatch, tmp_path, capsys):
+    given = []
+
+    def through(command, until, extra, done):
+        given.append(done)
+        return ("done" if done else "cut"), {**done, "unit": {"status": "ok"}, "bad": {"status": "failed"}}, ""
+
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *arguments: True)
+    monkeypatch.setattr(gpu_check, "through", through)
+    options = gpu_check.parse(["--cubins", str(tmp_path / "cubins")])
+    assert (gpu_check.prebuild(options), gpu_check.prebuild(options)) == (gpu_check.LEFT, 0)
+    monkeypatch.setattr(gpu_check.panel, "code", lambda: "changed")
+    gpu_check.prebuild(options)
+    assert given == [{}, {"unit": {"status": "ok"}}, {}]
+    assert "bad: failed" in capsys.readouterr().out
 
 
 def test_files_that_test_the_tools_are_left_out():

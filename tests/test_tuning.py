@@ -58,6 +58,29 @@ def saved():
     return json.loads(tuning.file().read_text())["entries"]
 
 
+def test_times_of_a_gpu_hold_for_the_kernels_that_were_measured(monkeypatch, tmp_path):
+    inner = selection.lifted(GEOMETRY, GEOMETRY.data_format)
+
+    def names():
+        tuning.sources_digest.cache_clear()
+        units = {"cpu": 2, "cuda": "sm_90a"}
+        return [tuning.key(inner, GEOMETRY.dtype, "forward", d, n, "highest", "H200") for d, n in units.items()]
+
+    for folder in ("cpu", "cuda"):
+        (tmp_path / folder).mkdir()
+    for name in ("minimal_filtering.py", "activations.py", "cuda/winograd.py"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    before = names()
+    assert names() == before
+    (tmp_path / "cuda" / "winograd.py").write_text("2")
+    after = names()
+    tuning.sources_digest.cache_clear()
+    # The CPU's sources are in the name of the file.
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
 # --- what auto makes of it -------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
 from numba.types import int64, void  # type: ignore[attr-defined]
 
+from .. import tuning
 from . import memory, threads
 from .memory import address as address_of
 from .simd import call
@@ -255,16 +256,8 @@ def _constants(function: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _digest_of_sources() -> str:
-    digest, here = hashlib.sha256(), Path(__file__).parent
-    # The constants of transforms and activations are shared with other devices.
-    for path in [*sorted(here.glob("*.py")), here.parent / "minimal_filtering.py", here.parent / "activations.py"]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 # A kernel contains the code of the functions it calls in other files. Taken at import, when those are read too.
-SOURCES_DIGEST = _digest_of_sources()
+SOURCES_DIGEST = tuning.sources_digest("cpu")
 
 
 @lru_cache(maxsize=16)

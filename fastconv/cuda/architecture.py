@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, UnsupportedError
 
+# The most blocks of a grid's second and third dimension, on all of them.
+MOST_BLOCKS = 65535
+
 
 class Architecture(NamedTuple):
     """One real architecture, such as "sm_90a".
@@ -47,6 +50,11 @@ class Architecture(NamedTuple):
     def compute_capability(self) -> tuple[int, int]:
         """Major and minor number."""
         return divmod(self.capability, 10)
+
+    @property
+    def copies_asynchronously(self) -> bool:
+        """Whether global memory is copied to shared memory past the registers (cp.async)."""
+        return self.capability >= 80
 
     def lacks(self, instructions: Iterable[Any]) -> str:
         """Return why it cannot run these instructions; empty if it can."""

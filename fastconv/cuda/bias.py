@@ -16,8 +16,8 @@ from ..registry import Buffer
 from . import toolchain
 from .elements import Element
 from .epilogue import CODES, activate
-from .indices import constant_division, divided, divisor, divisor_types, index_type, needs_wide, scalar, step
-from .lanes import THREADS, loader, widest
+from .indices import THREADS, constant_division, divided, divisor, index_type, launch, needs_wide, step
+from .lanes import loader, widest
 from .ptx import pointer_to
 from .steps import Step
 from .sums import second_pass, shares, tree
@@ -94,10 +94,9 @@ def steps(N: int, K: int, L: int, data_format: str, dtype: np.dtype, threads: in
     lanes, across, down, count, blocks = _plan(N, K, L, data_format, dtype, threads)
     parts, share = shares(count, blocks, down)
     kernel = add_pixels(element, data_format == "channels_last", wide, lanes, across, down)
-    index = index_type(wide)
-    signature = (element.pointer, CPointer(element.sums), index, index, index, *divisor_types(wide))
-    numbers = (*(scalar(n, wide) for n in (K, count, share)), *divisor(max(L // lanes, 1), wide))
-    first = Step(kernel, signature, (blocks, parts, 1), (across, down, 1), ("grad_output", "parts", *numbers))
+    arrays = [("grad_output", element.pointer), ("parts", CPointer(element.sums))]
+    numbers = (K, count, share, *divisor(max(L // lanes, 1), wide))
+    first = step(kernel, arrays, numbers, wide, (blocks, parts), (across, down))
     return [first, second_pass(element, wide, K, parts, threads)]
 
 
@@ -126,4 +125,4 @@ def apply_steps(
     element, wide = Element.of(dtype), needs_wide(size)
     kernel = ending(element, wide, CODES[activation], bias)
     arrays = [("out", element.pointer), ("bias", element.pointer)]
-    return [step(kernel, arrays, (size, channels, pixels), wide, (-(-size // threads),), (threads,))]
+    return [launch(kernel, arrays, (size, channels, pixels), wide, size, threads)]

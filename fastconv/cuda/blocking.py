@@ -59,6 +59,12 @@ class Phase(NamedTuple):
         return math.prod(self.column("taps"))
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Extent, and first place and step in the source and in the target, each of all axes."""
+        names = "extent", "in_first", "in_step", "out_first", "out_step"
+        return tuple(number for name in names for number in self.column(name))
+
+    @property
     def is_whole(self) -> bool:
         """Whether it writes every pixel, in their order."""
         return self.column("extent") == self.target
@@ -79,6 +85,31 @@ def phases(geometry: ConvGeometry, direction: str) -> tuple[Phase, ...]:
         ]
         source, target = g.output_size, g.input_size
     return tuple(Phase((a, b, c), source, target) for a, b, c in itertools.product(*axes))
+
+
+def source_of(direction: str) -> str:
+    """Return the name of the array whose pixels "forward" or "input_grad" multiplies."""
+    return "x" if direction == "forward" else "grad_output"
+
+
+def channels(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
+    """Return all channels of the source and of the target."""
+    both = geometry.in_channels, geometry.out_channels
+    return both[::-1] if direction == "input_grad" else both
+
+
+def channels_of_group(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
+    """Return the channels of one group that are summed over, and those that result."""
+    source, target = channels(geometry, direction)
+    return source // geometry.groups, target // geometry.groups
+
+
+def weight_steps(geometry: ConvGeometry, direction: str) -> tuple[int, int, int]:
+    """Return the steps, in the weight (K, C // groups, T, R, S), to the next line, summed channel and group."""
+    g, taps = geometry, math.prod(geometry.kernel_size)
+    of_filter = taps * g.in_channels // g.groups
+    line, inner = (taps, of_filter) if direction == "input_grad" else (of_filter, taps)
+    return line, inner, of_filter * g.out_channels // g.groups
 
 
 def _phase_axis(size: int, kernel: int, stride: int, before: int, dilation: int, phase: int) -> Axis:

@@ -20,6 +20,7 @@ import tempfile
 import types as python_types
 import uuid
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -486,14 +487,15 @@ def _load(path: Path, key: str) -> CompiledKernel | None:
         _warn_once(f"the compiled CUDA kernel {path.name} is damaged; compiling again")
         return None
     header, _, cubin = payload.partition(b"\n")
-    return CompiledKernel(cubin=cubin, **json.loads(header))
+    return CompiledKernel(cubin=zlib.decompress(cubin), **json.loads(header))
 
 
 def _save(path: Path, key: str, compiled: CompiledKernel) -> CompiledKernel:
     """Write one file, in one step, or warn that it cannot be."""
     header = asdict(compiled)
     cubin = header.pop("cubin")
-    payload = json.dumps(header).encode() + b"\n" + cubin
+    # A third of the size: hundreds of them travel.
+    payload = json.dumps(header).encode() + b"\n" + zlib.compress(cubin)
     fresh = path.with_suffix(f".{uuid.uuid4().hex[:16]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,19 @@ from ..registry import Buffer
 from . import roofline, toolchain
 from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
-from .indices import constant_division, divisor, divisor_types, index_type, needs_wide, quotient, scalar
-from .lanes import MOST_STRETCH, THREADS, Stretch, loader, storer, widest
+from .indices import (
+    THREADS,
+    constant_division,
+    divisor,
+    divisors,
+    index_type,
+    launch,
+    meeting,
+    needs_wide,
+    quotient,
+    step,
+)
+from .lanes import MOST_STRETCH, Stretch, loader, storer, widest
 from .ptx import pointer_to
 from .steps import Step
 from .sums import second_pass, shares, tree
@@ -68,22 +79,16 @@ class How(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def meeting(backward: bool, wide: bool) -> Any:
+def tap_rule(backward: bool, wide: bool) -> Any:
     """Return the function that tells where a tap meets the source of a target, or -1."""
-    index, over = index_type(wide), quotient(wide)
+    index, meets = index_type(wide), meeting(wide)
 
     def of_output(at, tap, size, stride, before, dilation):
         place = index(at * stride + tap * dilation - before)
         return place if place < size else index(-1)
 
     def of_input(at, tap, size, stride, before, dilation):
-        distance = index(at + before - tap * dilation)
-        place = index(-1)
-        if distance >= 0:
-            place = over(distance, stride)
-            if index(place * stride) != distance or place >= size:
-                place = index(-1)
-        return place
+        return meets(index(at + before - tap * dilation), stride, size)
 
     return of_input if backward else of_output
 
@@ -109,7 +114,7 @@ def slide_lanes(how: How) -> Any:
     The target is (outer, I, J, L, V*lanes) with planes of one channel outside, or images with channels inside.
     """
     element, backward, channels_last, wide, lanes, kernel, (step_o, step_p, step_q), code, has_bias = how
-    index, split, meets, over = index_type(wide), constant_division(wide), meeting(backward, wide), quotient(wide)
+    index, split, meets, over = index_type(wide), constant_division(wide), tap_rule(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, lanes), storer(element, lanes), element.sums, element.widen
     own_T, own_R, own_S = kernel
 
@@ -171,7 +176,7 @@ def slide_rows(how: How, stretch: Stretch) -> Any:
     """
     element, backward, _, wide, lanes, (own_T, own_R, kernel), (step_o, step_p, _), code, has_bias = how
     _, stride, before, dilation, load_lanes, lead, offset, vectors = stretch
-    index, split, meets, over = index_type(wide), constant_division(wide), meeting(backward, wide), quotient(wide)
+    index, split, meets, over = index_type(wide), constant_division(wide), tap_rule(backward, wide), quotient(wide)
     load, store, sums, widen = loader(element, load_lanes), storer(element, lanes), element.sums, element.widen
     pieces = stride if backward else 1
     registers, count, advance = vectors * load_lanes, lanes * pieces, lanes if backward else lanes * stride
@@ -405,13 +410,10 @@ def _stretch(g: ConvGeometry, backward: bool, aligned: bool) -> Stretch | None:
 
 
 def _pack_step(g: ConvGeometry, how: How, threads: int) -> Step:
-    total, index = math.prod(g.weight_shape), index_type(how.wide)
-    signature = (*(how.element.pointer,) * 2, index, *divisor_types(how.wide), index)
-    numbers = (
-        scalar(total, how.wide), *divisor(g.out_channels, how.wide), scalar(math.prod(g.kernel_size), how.wide)
-    )  # fmt: skip
-    grid, block = (-(-total // threads), 1, 1), (threads, 1, 1)
-    return Step(pack(how.element, how.wide), signature, grid, block, ("weight", "packed", *numbers))
+    total, wide = math.prod(g.weight_shape), how.wide
+    arrays = [(name, how.element.pointer) for name in ("weight", "packed")]
+    numbers = (total, *divisor(g.out_channels, wide), math.prod(g.kernel_size))
+    return launch(pack(how.element, wide), arrays, numbers, wide, total, threads)
 
 
 def _slide_step(
@@ -424,13 +426,12 @@ def _slide_step(
         # Of rows V is the width.
         V, threads_of_row = L, -(-L // (how.lanes * (g.stride[2] if how.backward else 1)))
     total = outer * I * J * threads_of_row * (1 if stretch is not None else V)
-    wide, index = how.wide, index_type(how.wide)
-    signature = (*(how.element.pointer,) * 4, index, *divisor_types(wide) * 4, *(index,) * 14)
-    divisors = (number for extent in (V, threads_of_row, J, I) for number in divisor(extent, wide))
     before = (pair[0] for pair in g.padding)
-    sizes = (*source, C, g.out_channels // g.in_channels, *g.kernel_size, *before, *g.dilation)
-    numbers = (scalar(total, wide), *divisors, *(scalar(n, wide) for n in sizes))
-    return Step(kernel, signature, (-(-total // threads), 1, 1), (threads, 1, 1), (*names, *numbers))
+    numbers = (
+        total, *divisors((V, threads_of_row, J, I), how.wide), *source, C, g.out_channels // g.in_channels,
+        *g.kernel_size, *before, *g.dilation,
+    )  # fmt: skip
+    return launch(kernel, [(name, how.element.pointer) for name in names], numbers, how.wide, total, threads)
 
 
 def _correlation(g: ConvGeometry, aligned: bool, threads: int) -> tuple[Lot, int, int, int]:
@@ -451,20 +452,15 @@ def _correlation(g: ConvGeometry, aligned: bool, threads: int) -> tuple[Lot, int
 def _correlate_steps(g: ConvGeometry, aligned: bool, threads: int) -> list[Step]:
     lot, parts, share, blocks = _correlation(g, aligned, threads)
     element, wide = Element.of(g.dtype), _wide(g) or needs_wide((parts + 1, math.prod(g.weight_shape)))
-    index = index_type(wide)
     O, P, Q = g.output_size
     T, R, S = g.kernel_size
     lots = -(-R // lot.rows), -(-S // lot.columns)
-    divisors = (number for extent in (Q, P, O) for number in divisor(extent, wide))
     before = (pair[0] for pair in g.padding)
-    sizes = (*g.input_size, g.out_channels // g.in_channels, T, R, S, *lots, *_stride(g), *before, *g.dilation)
     numbers = (
-        *(scalar(n, wide) for n in (g.out_channels, g.batch * O * P * Q, share)), *divisors,
-        *(scalar(n, wide) for n in sizes),
+        g.out_channels, g.batch * O * P * Q, share, *divisors((Q, P, O), wide), *g.input_size,
+        g.out_channels // g.in_channels, T, R, S, *lots, *_stride(g), *before, *g.dilation,
     )  # fmt: skip
-    arrays = (element.pointer, element.pointer, CPointer(element.sums))
-    signature = (*arrays, *(index,) * 3, *divisor_types(wide) * 3, *(index,) * 18)
+    arrays = [("grad_output", element.pointer), ("x", element.pointer), ("parts", CPointer(element.sums))]
     kernel = correlate(element, g.data_format == "channels_last", wide, lot)
-    grid, block = (blocks, parts, T * math.prod(lots)), (lot.across, lot.down, 1)
-    first = Step(kernel, signature, grid, block, ("grad_output", "x", "parts", *numbers))
+    first = step(kernel, arrays, numbers, wide, (blocks, parts, T * math.prod(lots)), (lot.across, lot.down))
     return [first, second_pass(element, wide, g.out_channels * T * R * S, parts, threads)]

@@ -29,11 +29,12 @@ from typing import Any
 from ..geometry import ConvGeometry
 from ..registry import Buffer
 from . import direct_taps, direct_tiled, indices, roofline, toolchain
+from .blocking import source_of
 from .direct_taps import sum_of_taps
 from .direct_tiled import Tile
 from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
-from .indices import digits, divided, index_type, step
+from .indices import THREADS, digits, divided, index_type, launch, step
 from .ptx import pointer_to
 from .steps import Step
 from .sums import CHAIN, second_pass, shares, tree
@@ -42,8 +43,6 @@ cuda = toolchain.import_cuda()
 
 from numba.cuda.types import CPointer  # noqa: E402
 
-# Threads of a block: four warps hide each other's loads, and a small layer still fills the multiprocessors.
-THREADS = 128
 # Directions that end in bias and activation.
 FUSED = ("forward", "input_grad")
 # Shares of the peak that one load per product leaves, and that tiles without idle threads do; not measured.
@@ -237,9 +236,9 @@ def _gather_step(g: ConvGeometry, direction: str, code: int, bias: bool, threads
     total = g.batch * math.prod(target)
     sizes = (total, *target, target[0] // g.groups, *direct_taps.numbers(g, direction))
     kernel = gather(element, direction, g.data_format == "channels_last", wide, code, bias)
-    names = ("x" if direction == "forward" else "grad_output", "weight", "bias", "out")
+    names = (source_of(direction), "weight", "bias", "out")
     arrays = [(name, element.pointer) for name in names]
-    return step(kernel, arrays, sizes, wide, (-(-total // threads),), (threads,))
+    return launch(kernel, arrays, sizes, wide, total, threads)
 
 
 def _correlate_steps(g: ConvGeometry, threads: int, limit: int) -> list[Step]:

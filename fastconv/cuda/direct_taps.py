@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..geometry import ConvGeometry
+from .blocking import weight_steps
 from .elements import Element
 from .indices import index_type, quotient
 from .sums import CHAIN
@@ -107,13 +108,12 @@ def numbers(g: ConvGeometry, direction: str) -> tuple[int, ...]:
     """Return what `sum_of_taps` takes from B on."""
     forward, taps = direction == "forward", math.prod(g.kernel_size)
     source = (g.in_channels, *g.input_size) if forward else (g.out_channels, *g.output_size)
-    # Elements of the weight from one filter to the next.
-    one_filter = taps * g.in_channels // g.groups
+    target_step, source_step, group_step = weight_steps(g, direction)
     common = [math.gcd(s, d) for s, d in zip(g.stride, g.dilation)]
     tap_steps = [1 if forward else s // c for s, c in zip(g.stride, common)]
     source_steps = [d if forward else -(d // c) for d, c in zip(g.dilation, common)]
     return (
         *source, source[0] // g.groups, max(CHAIN // taps, 1), *g.kernel_size,
-        one_filter * g.out_channels // g.groups, *((one_filter, taps) if forward else (taps, one_filter)),
+        group_step, target_step, source_step,
         *g.stride, *(before for before, _ in g.padding), *g.dilation, *tap_steps, *source_steps,
     )  # fmt: skip

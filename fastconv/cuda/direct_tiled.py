@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 
 from ..geometry import ConvGeometry
 from . import direct_taps, ptx, toolchain
-from .blocking import Axis, Phase, phases
+from .architecture import MOST_BLOCKS
+from .blocking import Axis, Phase, channels_of_group, phases, source_of
 from .direct_taps import sum_of_taps
 from .elements import Element
 from .epilogue import activate
 from .indices import divided, index_type, step
 from .lanes import loader, storer, widest
 from .steps import Step
+from .sums import PRODUCTS
 
 cuda = toolchain.import_cuda()
 
@@ -36,13 +38,8 @@ from numba.cuda.types import float32, int32  # noqa: E402
 
 # Neighbours of a row that a thread has: what one vector of shared memory holds.
 NEIGHBOURS = 4
-# Products in one running sum: the rounding error of a float32 sum grows with its length. A longer one is cut in
-# launches, each of which adds to what the one before has written.
-CHAIN = 2304
 # The most taps of a row, whose stretch is in registers, and the most bytes of shared memory: four blocks fit.
 MOST_TAPS, MOST_BYTES = 11, 24 << 10
-# The most blocks of a grid's second and third dimension.
-MOST_BLOCKS = 65535
 # The least share of a tile that is results: one output per thread loses more by far.
 LEAST_USE = 0.2
 
@@ -414,8 +411,7 @@ class Plan(NamedTuple):
     @lru_cache(maxsize=1024)
     def of(cls, g: ConvGeometry, direction: str, phase: Phase, tile: Tile | None) -> Plan | None:
         """Return the plan of a phase, None if it gains nothing from tiles or they do not fit."""
-        C, K = g.in_channels // g.groups, g.out_channels // g.groups
-        inner, lines = (C, K) if direction == "forward" else (K, C)
+        inner, lines = channels_of_group(g, direction)
         depth, down, across = map(_ascending, phase.axes)
         window = Window(
             (max(down.taps, 1), max(across.taps, 1)), (down.in_step, across.in_step), (down.tap_step, across.tap_step),
@@ -470,7 +466,7 @@ class Plan(NamedTuple):
         if not last and self.phase.is_whole:
             together = widest(g.dtype, Q, NEIGHBOURS)
         depth, down, across = self.phase.axes
-        names = ("x" if direction == "forward" else "grad_output", "weight", "bias", "out")
+        names = (source_of(direction), "weight", "bias", "out")
         made = []
         for chain in self._chains(g):
             ends = chain.stop >= self.inner
@@ -498,7 +494,7 @@ class Plan(NamedTuple):
 
         They begin at multiples of what is staged at a time, where vectors are aligned.
         """
-        channels, most = self.tile.channels, CHAIN // max(self.phase.taps, 1)
+        channels, most = self.tile.channels, PRODUCTS // max(self.phase.taps, 1)
         most = max(most // channels, 1) * channels if g.dtype.itemsize == 4 else self.inner
         length = -(-self.inner // (-(-self.inner // most) * channels)) * channels
         return [range(first, min(first + length, self.inner)) for first in range(0, self.inner, length)]

@@ -83,3 +83,16 @@ _ELEMENTS = {
     "bfloat16": (types.uint16, float32, _from_bfloat16, _to_bfloat16),
 }
 SUPPORTED = tuple(_ELEMENTS)
+
+
+def _integer(stored: Any, sums: Any) -> tuple[Any, ...]:
+    """Return whole numbers, in arithmetic as wide as indices at least; what does not fit wraps around."""
+    return stored, sums, lambda value: sums(value), lambda value: stored(value)
+
+
+# What maxima are taken of besides.
+_ELEMENTS |= {
+    kind.name: _integer(kind, types.int64 if kind is types.int64 else types.int32)
+    for kind in (types.int8, types.uint8, types.int16, types.int32, types.int64)
+}
+INTEGERS = tuple(name for name in _ELEMENTS if name not in SUPPORTED)

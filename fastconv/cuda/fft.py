@@ -8,7 +8,8 @@ where X, W, dY are the transforms of the padded input, the dilated kernel and th
 one length that is fast to transform and at least the padded input's, so that nothing wraps around (Mathieu, Henaff &
 LeCun, "Fast training of convolutional networks through FFTs", 2014, section 2). Planes lie side by side, frequencies
 innermost, as cuFFT has them; the sum over channels at each frequency is a kernel of its own, because frequencies are
-what neighbouring threads have. Nothing is split.
+what neighbouring threads have. Nothing is split. Planes of half types are float32, from the kernel that fills them to
+the one that takes results from them.
 
 A NaN or an infinity in the input spreads over its whole plane, and rounding errors are relative to the largest values
 of a plane. The kernels have run in the emulator with NumPy's transforms between them, on no GPU.
@@ -26,19 +27,19 @@ import numpy as np
 from ..geometry import ConvGeometry
 from ..registry import Buffer
 from . import roofline, toolchain
-from .elements import Element
+from .elements import SUPPORTED, Element
 from .epilogue import CODES, activate
-from .indices import divided, index_type, needs_wide, step
+from .indices import THREADS, divided, image_strides, index_type, launch, meeting, needs_wide, step
 from .ptx import load2, store2
 from .steps import Call, Step
 from .sums import CHAIN
 
 cuda = toolchain.import_cuda()
 
+from numba.cuda.types import CPointer  # noqa: E402
+
 # Directions that end in bias and activation.
 FUSED = ("forward", "input_grad")
-# Threads of a block.
-THREADS = 128
 # Products that a thread has at one frequency: so many rows by so many columns.
 ROWS, COLUMNS = 4, 4
 # Channels that neighbouring threads have before the next pixel, where channels are last.
@@ -56,16 +57,8 @@ def spread(element: Element, wide: bool) -> Any:
 
     Neighbouring threads have `low` of B, then neighbours of a row.
     """
-    index, divide, stored = index_type(wide), divided(wide), element.stored
-
-    def place(at, first, step, size):
-        distance = index(at - first)
-        found = index(-1)
-        if distance >= 0:
-            found, rest = divide(distance, step)
-            if rest > 0 or found >= size:
-                found = index(-1)
-        return found
+    index, divide, meets = index_type(wide), divided(wide), meeting(wide)
+    sums, widen = element.sums, element.widen
 
     def fft_spread(
         source, target, total, low, high, B, D, H, W, size_d, size_h, size_w, first_d, first_h, first_w,
@@ -79,11 +72,11 @@ def spread(element: Element, wide: bool) -> Any:
         a, high_b = divide(rest, high)
         b = index(high_b * low + low_b)
         if number < total and b < B:
-            z, y = place(d, first_d, step_d, size_d), place(h, first_h, step_h, size_h)
-            x = place(w, first_w, step_w, size_w)
-            value = stored(0)
+            z, y = meets(index(d - first_d), step_d, size_d), meets(index(h - first_h), step_h, size_h)
+            x = meets(index(w - first_w), step_w, size_w)
+            value = sums(0)
             if z >= 0 and y >= 0 and x >= 0:
-                value = source[index(a * a_step + b * b_step + ((z * size_h + y) * size_w + x) * pixel_step)]
+                value = widen(source[index(a * a_step + b * b_step + ((z * size_h + y) * size_w + x) * pixel_step)])
             target[index((((a * B + b) * D + d) * H + h) * W + w)] = value
 
     fft_spread.__name__ = f"fft_spread_{element.name}"
@@ -93,7 +86,7 @@ def spread(element: Element, wide: bool) -> Any:
 @lru_cache(maxsize=64)
 def collect(element: Element, wide: bool, has_bias: bool, code: int) -> Any:
     """Return the kernel that takes pixels of planes, every `step` from `first` on, through bias and activation."""
-    index, divide = index_type(wide), divided(wide)
+    index, divide, widen, narrow = index_type(wide), divided(wide), element.widen, element.narrow
 
     def fft_collect(
         source, bias, target, total, low, high, B, D, H, W, size_d, size_h, size_w, first_d, first_h, first_w,
@@ -111,10 +104,9 @@ def collect(element: Element, wide: bool, has_bias: bool, code: int) -> Any:
             w = index(first_w + x * step_w)
             value = source[index((((a * B + b) * D + d) * H + h) * W + w)]
             if has_bias:
-                value += bias[b]
-            target[index(a * a_step + b * b_step + ((z * size_h + y) * size_w + x) * pixel_step)] = activate(
-                value, code
-            )
+                value += widen(bias[b])
+            to = index(a * a_step + b * b_step + ((z * size_h + y) * size_w + x) * pixel_step)
+            target[to] = narrow(activate(value, code))
 
     fft_collect.__name__ = f"fft_collect_{element.name}"
     return fft_collect
@@ -200,10 +192,10 @@ class Planes(NamedTuple):
 
 
 def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
-    """Every geometry of float32 and float64."""
-    if geometry.dtype.name in ("float32", "float64"):
+    """Every geometry of a floating-point dtype."""
+    if geometry.dtype.name in SUPPORTED:
         return True, ""
-    return False, f"on a GPU it transforms float32 and float64, not {geometry.dtype}"
+    return False, f"on a GPU it transforms {', '.join(SUPPORTED)}, not {geometry.dtype}"
 
 
 def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
@@ -213,7 +205,7 @@ def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
     length, half = lengths(g)
     planes = sum(p.rows * p.columns for p in _planes(g).values())
     products = 8 * g.batch * g.out_channels * (g.in_channels // g.groups) * math.prod(half)
-    moved = PASSES * planes * math.prod(length) * g.dtype.itemsize + g.bytes
+    moved = PASSES * planes * math.prod(length) * Element.of(g.dtype).sums_dtype.itemsize + g.bytes
     return 7 * roofline.LAUNCH + moved / there.bytes + products / (SHARE * peak)
 
 
@@ -224,11 +216,12 @@ def workspace(geometry: ConvGeometry, direction: str, limit: int) -> dict[str, B
     """
     g, planes = geometry, _planes(geometry)
     length, half = lengths(g)
-    spectrum = np.result_type(g.dtype, np.complex64)
+    dtype = Element.of(g.dtype).sums_dtype
+    spectrum = np.result_type(dtype, np.complex64)
     buffers = {}
     for name in _roles(direction):
         rows, columns = planes[name].rows, planes[name].columns
-        buffers[name + "_planes"] = Buffer((rows, columns, *length), g.dtype)
+        buffers[name + "_planes"] = Buffer((rows, columns, *length), dtype)
         buffers[name + "_spectrum"] = Buffer((rows, columns, *half), spectrum)
     largest = max(b.nbytes for b in buffers.values())
     return {**buffers, "library": Buffer((2 * largest,), np.dtype(np.uint8), owned=False)}
@@ -297,10 +290,9 @@ def _planes(g: ConvGeometry) -> dict[str, Planes]:
     before = tuple(b for b, _ in g.padding)
 
     def image(name: str, channels: int, size: tuple[int, ...], first: Any, step: Any) -> Planes:
-        pixels = math.prod(size)
-        if g.data_format == "channels_last":
-            return Planes(name, g.batch, channels, size, first, step, (channels * pixels, 1, channels), TOGETHER)
-        return Planes(name, g.batch, channels, size, first, step, (channels * pixels, pixels, 1))
+        last = g.data_format == "channels_last"
+        strides = image_strides(channels, size, last)
+        return Planes(name, g.batch, channels, size, first, step, strides, TOGETHER if last else 1)
 
     return {
         "x": image("x", g.in_channels, g.input_size, before, (1, 1, 1)),
@@ -325,19 +317,19 @@ def _numbers(g: ConvGeometry, p: Planes, size: tuple[int, ...]) -> tuple[int, ..
 def _spread_step(g: ConvGeometry, p: Planes) -> Step:
     element, wide = Element.of(g.dtype), _is_wide(g)
     numbers = _numbers(g, p, lengths(g)[0])
-    arrays = [(p.name, element.pointer), (p.name + "_planes", element.pointer)]
-    return step(spread(element, wide), arrays, numbers, wide, (-(-numbers[0] // THREADS),), (THREADS,))
+    arrays = [(p.name, element.pointer), (p.name + "_planes", CPointer(element.sums))]
+    return launch(spread(element, wide), arrays, numbers, wide, numbers[0])
 
 
 def _collect_step(g: ConvGeometry, p: Planes, bias: bool, code: int) -> Step:
     element, wide = Element.of(g.dtype), _is_wide(g)
     numbers = _numbers(g, p, p.size)
-    arrays = [(name, element.pointer) for name in (p.name + "_planes", "bias", "out")]
-    return step(collect(element, wide, bias, code), arrays, numbers, wide, (-(-numbers[0] // THREADS),), (THREADS,))
+    arrays = [(p.name + "_planes", CPointer(element.sums)), ("bias", element.pointer), ("out", element.pointer)]
+    return launch(collect(element, wide, bias, code), arrays, numbers, wide, numbers[0])
 
 
 def _multiply_step(g: ConvGeometry, direction: str) -> Step:
-    element, wide = Element.of(g.dtype), _is_wide(g)
+    element, wide = Element.of(Element.of(g.dtype).sums_dtype), _is_wide(g)
     N, C, K, F = g.batch, g.in_channels // g.groups, g.out_channels // g.groups, math.prod(lengths(g)[1])
     # Elements from one group to the next, from an image or filter and from a channel.
     x, y, w = (C * F, g.in_channels * F, F), (K * F, g.out_channels * F, F), (K * C * F, C * F, F)

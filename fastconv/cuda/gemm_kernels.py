@@ -15,22 +15,29 @@ here has run on a GPU.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..geometry import ConvGeometry
 from . import ptx, toolchain
 from .elements import Element
 from .epilogue import activate
+from .indices import constant_division, decoder, divided, index_type, launch
+from .steps import Step
 from .sums import chained
 
 cuda = toolchain.import_cuda()
 
-from numba.cuda.types import float32, int32, int64, uint32  # noqa: E402
+from numba.cuda.types import CPointer, float32, int32, uint32  # noqa: E402
 
 # A coordinate that no tap brings back into an image.
 OUTSIDE = -(1 << 30)
+# Entries that are loaded before what they are for is copied: between a load from shared memory and a copy to it
+# ptxas puts three instructions for sm_90.
+GROUP = 8
 
 
 class Tile(NamedTuple):
@@ -67,16 +74,7 @@ NARROW = {True: Tile(256, 64, 16, 16, 8), False: Tile(64, 128, 16, 8, 16, blocks
 
 # --- helpers of all kernels ------------------------------------------------------------------------------------
 
-
-def split(number, size):
-    """Return quotient and remainder."""
-    quotient = ptx.divide(number, int32(size))
-    return quotient, int32(number - quotient * int32(size))
-
-
-def _wide_split(number, size):
-    quotient = int64(number) // int64(size)
-    return quotient, int64(number - quotient * int64(size))
+split = divided(False)
 
 
 def inside(place, extent):
@@ -124,7 +122,77 @@ def copies(asynchronous: bool) -> tuple[Any, ...]:
 
 def width(wide: bool) -> tuple[Any, Any, Any]:
     """Return the type of indices, the division and the loading of entries that go with it."""
-    return (int64, _wide_split, _wide_load_entry) if wide else (int32, split, load_entry)
+    return index_type(wide), divided(wide), _wide_load_entry if wide else load_entry
+
+
+def gathered(
+    copy: Any, nbytes: int, entries: int, each: int, apart: int, entries_apart: int, wide: bool, flat: bool
+) -> Any:
+    """Return the function that copies from places that are sums of an entry of a table and of one that all share.
+
+    Each entry is for `each` copies, `step` elements from one to the next; all copies are `apart` in the tile, entries
+    `entries_apart` in the table. With `flat` an image is a plane: d is 0 everywhere.
+    """
+    index, entry_at, group = index_type(wide), width(wide)[2], math.gcd(entries, GROUP)
+    loaded_size = 4 * group
+
+    def copy_all(tiles, to, source, step, table, at, offset, d, h, w, D, H, W):
+        loaded = cuda.local.array(loaded_size, index)
+        for turn in range(entries // group):
+            for i in range(group):
+                entry = entry_at(table, at + (turn * group + i) * entries_apart)
+                loaded[4 * i], loaded[4 * i + 1], loaded[4 * i + 2], loaded[4 * i + 3] = entry
+            for i in range(group):
+                valid = inside(loaded[4 * i + 2] + h, H) & inside(loaded[4 * i + 3] + w, W)
+                if not flat:
+                    valid &= inside(loaded[4 * i + 1] + d, D)
+                start, size = index(loaded[4 * i] + offset), int32(nbytes) if valid else int32(0)
+                for j in range(each):
+                    copy(tiles, to + ((turn * group + i) * each + j) * apart, source, start + j * step, size)
+
+    return copy_all
+
+
+def on_tiles(made: Step, tile: Any, words: int) -> Step:
+    """Return a step with the shared memory of a tile's buffers, of so many words each."""
+    return made._replace(shared_bytes=4 * tile.stages * words, launch_bounds=(tile.threads, tile.blocks))
+
+
+def pixel_tables(pixels_of_tile: int, threads: int, source_last: bool, target_last: bool, wide: bool) -> Any:
+    """Return the function that tabulates the pixels of a block's tile, in shared memory.
+
+    `pixels` is (offset, d, h, w) of each one's place in the source, `targets` its place in the target, or -1 where
+    there is no such pixel. C and K are the elements of a pixel of all groups, inner and lines of one.
+    """
+    index, decode = index_type(wide), decoder(wide)
+
+    def tabulate(
+        pixels, targets, total, lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first, w_first,
+        d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step,
+    ):  # fmt: skip
+        group, first = int32(cuda.blockIdx.z), index(index(cuda.blockIdx.x) * index(pixels_of_tile))
+        plane, target_plane = index(index(D) * H * W), index(index(OD) * OH * OW)
+        for at in range(int32(cuda.threadIdx.x), pixels_of_tile, threads):
+            number = index(first + at)
+            n, o, p, q = decode(number, O, P, Q)
+            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
+            od, oh, ow = od_first + o * od_step, oh_first + p * oh_step, ow_first + q * ow_step
+            place, target = index((d * H + h) * W + w), index((index(od) * OH + oh) * OW + ow)
+            if source_last:
+                place = index((n * plane + place) * C + group * inner)
+            else:
+                place = index((n * C + group * inner) * plane + place)
+            if target_last:
+                target = index((n * target_plane + target) * K + group * lines)
+            else:
+                target = index((n * K + group * lines) * target_plane + target)
+            exists = number < total
+            entry = int32(int32(at) * int32(4))
+            pixels[entry], pixels[int32(entry + 1)] = place, d
+            pixels[int32(entry + 2)], pixels[int32(entry + 3)] = h if exists else index(OUTSIDE), w
+            targets[int32(at)] = target if exists else index(-1)
+
+    return tabulate
 
 
 def swizzle(depth: int) -> Any:
@@ -248,8 +316,8 @@ def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
             d, h, w = index(t * d_step), index(r * h_step), index(s * w_step)
             at = index(taps_first + (number - elements) * index(4))
             taps[at] = index(c * channel_stride + ((d * H + h) * W + w) * pixel_stride)
-            taps[index(at + 1)] = d if k < real_depth else index(OUTSIDE)
-            taps[index(at + 2)] = h
+            taps[index(at + 1)] = d
+            taps[index(at + 2)] = h if k < real_depth else index(OUTSIDE)
             taps[index(at + 3)] = w
 
     prepare_taps.__name__ = f"prepare_taps_{'nhwc' if channels_last else 'nchw'}_{64 if wide else 32}"
@@ -261,8 +329,8 @@ def prepare(tile: Tile, channels_last: bool, wide: bool) -> Any:
 
 @lru_cache(maxsize=256)
 def gather(
-    tile: Tile, channels_last: bool, run: int, vector_out: bool, asynchronous: bool, wide: bool, adds: bool,
-    bias_: bool, code: int,
+    tile: Tile, channels_last: bool, run: int, vector_out: bool, asynchronous: bool, wide: bool, flat: bool,
+    adds: bool, bias_: bool, code: int,
 ) -> Any:  # fmt: skip
     """Return the kernel of one phase, or of one chain of its products.
 
@@ -273,8 +341,8 @@ def gather(
         first the tile's depth, all of one tap, or 1.
     vector_out : bool
         Whether four columns of the result are neighbours at a multiple of 16 bytes.
-    asynchronous, wide : bool
-        Whether there is cp.async; whether indices have 64 bits.
+    asynchronous, wide, flat : bool
+        Whether there is cp.async; whether indices have 64 bits; whether images are planes.
     adds : bool
         Whether to add to what an earlier chain has written.
     bias_, code : bool and int
@@ -293,8 +361,16 @@ def gather(
     block_copy, word_copy, commit, wait = copies(asynchronous)
     copy, nbytes = (block_copy, 16) if channels_last and run == 4 else (word_copy, 4)
     place, places_of, product = swizzle(depth), thread_places(tile), multiply(tile, True, 0)
+    tabulate = pixel_tables(pixels_of_tile, threads, channels_last, channels_last, wide)
     is_vector = channels_last and run == 4
     chunks = depth // 4
+    if channels_last:
+        apart = threads // entries_of_tile
+        copy_pixels = gathered(copy, nbytes, rows // apart, 1, apart * depth, 4 * apart, wide, flat)
+    else:
+        apart = threads // columns
+        each = depth // apart if run > 1 else 1
+        copy_pixels = gathered(copy, nbytes, depth // apart // each, each, threads, 4 * apart, wide, flat)
 
     # Where a thread copies: (to and from the pixels, their table, the taps' entry, to and from the weight).
 
@@ -309,12 +385,7 @@ def gather(
     def fetch_last(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step, weight_to, D, H, W):
         offset, d, h, w = entry_at(taps, entry)
         to, weight_to = int32(at + to), int32(at + weight_to)
-        for j in range(rows * entries_of_tile // threads):
-            pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, table + 4 * j * (threads // entries_of_tile))
-            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset)
-            size_ = int32(nbytes) if valid else int32(0)
-            copy(tiles, to + j * (threads // entries_of_tile) * depth, x, start, size_)
+        copy_pixels(tiles, to, x, x_step, pixels, table, offset, d, h, w, D, H, W)
         for j in range(depth * columns // 4 // threads):
             further = j * (threads * 4 // columns)
             block_copy(tiles, weight_to + further * columns, packed, weight + further * columns, int32(16))
@@ -323,27 +394,16 @@ def gather(
         k, column = split(thread, columns)
         row, chunk = split(thread, chunks)
         to = int32(int32(rows_size) + k * int32(columns) + column)
-        entry = int32(0) if run > 1 else int32(k * int32(4))
+        entry, x_first = (int32(0), index(k * plane)) if run > 1 else (int32(k * int32(4)), index(0))
         weight = int32(row * int32(depth) + chunk * int32(4))
-        return (to, int32(column * int32(4)), entry, index(k * plane), index(plane * index(threads // columns)),
+        return (to, int32(column * int32(4)), entry, x_first, index(plane * index(threads // columns)),
                 place(row, chunk), weight)  # fmt: skip
 
     def fetch_first(tiles, at, x, packed, taps, pixels, entry, weight, to, table, x_first, x_step, weight_to, D, H, W):
         pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, table)
         to, weight_to = int32(at + to), int32(at + weight_to)
-        if run > 1:
-            offset, d, h, w = entry_at(taps, entry)
-            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset + x_first)
-            size_ = int32(nbytes) if valid else int32(0)
-            for j in range(depth * columns // threads):
-                copy(tiles, to + j * threads, x, index(start + j * x_step), size_)
-        else:
-            for j in range(depth * columns // threads):
-                offset, d, h, w = entry_at(taps, entry + 4 * j * (threads // columns))
-                valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-                start = index(pixel_offset + offset)
-                copy(tiles, to + j * threads, x, start, int32(nbytes) if valid else int32(0))
+        offset = index(pixel_offset + x_first)
+        copy_pixels(tiles, to, x, x_step, taps, entry, offset, pixel_d, pixel_h, pixel_w, D, H, W)
         for j in range(rows * chunks // threads):
             further = j * (threads // chunks)
             block_copy(tiles, weight_to + further * depth, packed, weight + further * depth, int32(16))
@@ -410,28 +470,9 @@ def gather(
         targets = ptx.pointer_to(cuda.shared.array(pixels_of_tile, index, alignment=16))
         thread, group = int32(cuda.threadIdx.x), int32(cuda.blockIdx.z)
         plane, target_plane = index(index(D) * H * W), index(index(OD) * OH * OW)
-        first_pixel = index(index(cuda.blockIdx.x) * index(pixels_of_tile))
         first_line = int32(int32(cuda.blockIdx.y) * int32(lines_of_tile))
-        for at in range(thread, pixels_of_tile, threads):
-            number = index(first_pixel + at)
-            rest, q = divided(number, Q)
-            rest, p = divided(rest, P)
-            n, o = divided(rest, O)
-            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
-            source, target = index((d * H + h) * W + w), index(0)
-            od, oh, ow = od_first + o * od_step, oh_first + p * oh_step, ow_first + q * ow_step
-            target = index((index(od) * OH + oh) * OW + ow)
-            if channels_last:
-                source = index((n * plane + source) * C + group * inner)
-                target = index((n * target_plane + target) * K + group * real_lines)
-            else:
-                source = index((n * C + group * inner) * plane + source)
-                target = index((n * K + group * real_lines) * target_plane + target)
-            exists = number < total
-            entry = int32(int32(at) * int32(4))
-            pixels[entry], pixels[int32(entry + 1)] = source, d if exists else index(OUTSIDE)
-            pixels[int32(entry + 2)], pixels[int32(entry + 3)] = h, w
-            targets[int32(at)] = target if exists else index(-1)
+        tabulate(pixels, targets, total, real_lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first,
+                 w_first, d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step)  # fmt: skip
         cuda.syncthreads()
         row, column = places_of(thread)
         rows_at, columns_at = place(row, int32(0)), int32(int32(rows_size) + column * int32(4))
@@ -478,26 +519,32 @@ def gather(
 @lru_cache(maxsize=256)
 def tabulate_pixels(channels_last: bool, wide: bool) -> Any:
     """Return the kernel that writes (offset, d, h, w) of each output pixel's place in x, outside beyond the last."""
-    index, divided, _ = width(wide)
+    index, decode = index_type(wide), decoder(wide)
 
     def pixels_of_output(
         pixels, entries, total, C, D, H, W, O, P, Q, d_first, h_first, w_first, d_step, h_step, w_step
     ):  # fmt: skip
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
         if number < entries:
-            rest, q = divided(number, Q)
-            rest, p = divided(rest, P)
-            n, o = divided(rest, O)
+            n, o, p, q = decode(number, O, P, Q)
             d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
             place, plane = (d * H + h) * W + w, index(D) * H * W
             at = index(number * index(4))
             pixels[at] = index((n * plane + place) * C if channels_last else n * plane * C + place)
-            pixels[index(at + 1)] = d if number < total else index(OUTSIDE)
-            pixels[index(at + 2)] = h
+            pixels[index(at + 1)] = d
+            pixels[index(at + 2)] = h if number < total else index(OUTSIDE)
             pixels[index(at + 3)] = w
 
     pixels_of_output.__name__ = f"pixels_of_output_{'nhwc' if channels_last else 'nchw'}_{64 if wide else 32}"
     return pixels_of_output
+
+
+def pixels_step(g: ConvGeometry, of_pixel: int, entries: int, channels_last: bool, wide: bool) -> Step:
+    """Return the launch that tabulates pixels, `of_pixel` elements of x from one to the next."""
+    sizes = (of_pixel, *g.input_size, *g.output_size, *(-before for before, _ in g.padding), *g.stride)
+    numbers = (entries, g.batch * math.prod(g.output_size), *map(np.int32, sizes))
+    arrays = [("pixels", CPointer(index_type(wide)))]
+    return launch(tabulate_pixels(channels_last, wide), arrays, numbers, wide, entries)
 
 
 # Elements between the rows of a tile that is written down its columns: eight of them meet eight groups of banks.
@@ -506,13 +553,15 @@ PAD = 4
 
 @lru_cache(maxsize=256)
 def weight_gradient(
-    tile: Tile, channels_last: bool, filter_run: int, channel_run: int, asynchronous: bool, wide: bool, adds: bool
-) -> Any:
+    tile: Tile, channels_last: bool, grad_run: int, channel_run: int, asynchronous: bool, wide: bool, flat: bool,
+    adds: bool,
+) -> Any:  # fmt: skip
     """Return the kernel that multiplies output gradients with pixels of x: rows are filters, columns (tap, channel).
 
-    partial is (splits, K, taps * C // groups): what each share of the pixels adds. Both tiles are [pixel][line], and
-    with channels last 4 or 1 lines (`filter_run`, `channel_run`) are copied together. The shares begin at the step
-    `skip`; with `adds` they are added to those of an earlier launch.
+    partial is (splits, K, taps * C // groups): what each share of the pixels adds. With channels last both tiles are
+    [pixel][line], and `grad_run` and `channel_run` lines, 4 or 1, are copied together. With channels first that of the
+    gradients is [line][pixel], `grad_run` pixels are copied together, and `channel_run` columns, or 1, have a tap in
+    common. The shares begin at the step `skip`; with `adds` they are added to those of an earlier launch.
     """
     rows, columns, depth, threads, stages = tile.rows, tile.columns, tile.depth, tile.threads, tile.stages
     threads_down, threads_across = tile.threads_down, tile.threads_across
@@ -521,16 +570,23 @@ def weight_gradient(
     row_pitch, column_pitch = rows + PAD, columns + PAD
     columns_at, size = row_pitch * depth, (row_pitch + column_pitch) * depth
     ahead, in_flight = stages - 1, stages - 2
-    index, divided, entry_at = width(wide)
+    index, by_plane, entry_at = index_type(wide), constant_division(wide), width(wide)[2]
     block_copy, word_copy, commit, wait = copies(asynchronous)
-    copy_grad, grad_bytes = (block_copy, 16) if filter_run == 4 else (word_copy, 4)
-    copy_x, x_bytes = (block_copy, 16) if channel_run == 4 else (word_copy, 4)
-    places_of, product = thread_places(tile), multiply(tile, False, PAD)
-    row_runs, column_runs = rows // filter_run, columns // channel_run
+    copy_grad, grad_bytes = (block_copy, 16) if grad_run == 4 else (word_copy, 4)
+    copy_x, x_bytes = (block_copy, 16) if channels_last and channel_run == 4 else (word_copy, 4)
+    places_of, product, place_of = thread_places(tile), multiply(tile, not channels_last, PAD), swizzle(depth)
+    row_runs, column_runs, depth_runs = rows // grad_run, columns // channel_run, depth // grad_run
+    if channels_last:
+        apart = threads // column_runs
+        copy_pixels = gathered(copy_x, x_bytes, depth // apart, 1, apart * column_pitch, 4 * apart, wide, flat)
+    else:
+        apart = threads // depth
+        each = max(channel_run // apart, 1)
+        copy_pixels = gathered(copy_x, x_bytes, columns // apart // each, each, apart, 4 * apart * each, wide, flat)
 
-    def fetch_last(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread):
+    def fetch_last(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, planes, D, H, W, thread):
         k, run = split(thread, row_runs)
-        line = int32(run * int32(filter_run))
+        line = int32(run * int32(grad_run))
         for j in range(depth * row_runs // threads):
             place = int32(k + int32(j * (threads // row_runs)))
             pixel = index(first + place)
@@ -546,39 +602,33 @@ def weight_gradient(
         k, run = split(thread, column_runs)
         line = int32(run * int32(channel_run))
         offset, d, h, w = entry_at(table, int32(line * int32(4)))
-        for j in range(depth * column_runs // threads):
-            place = int32(k + int32(j * (threads // column_runs)))
-            pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index((first + place) * index(4)))
-            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset)
-            to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
-            copy_x(tiles, to, x, start, int32(x_bytes) if valid else int32(0))
+        to = int32(at + int32(columns_at) + k * int32(column_pitch) + line)
+        copy_pixels(tiles, to, x, index(0), pixels, index((first + k) * index(4)), offset, d, h, w, D, H, W)
 
-    def fetch_first(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread):
+    def fetch_first(tiles, at, x, grad, pixels, table, first, total, first_k, real_rows, K, planes, D, H, W, thread):
+        plane, multiplier, shift, x_plane = planes
         line, place = split(thread, depth)
-        pixel = index(first + place)
-        n, rest = divided(pixel, plane)
+        pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index((first + place) * index(4)))
+        to, entry = int32(at + int32(columns_at) + place * int32(column_pitch) + line), int32(line * int32(4))
+        copy_pixels(tiles, to, x, index(x_plane * apart), table, entry, pixel_offset, pixel_d, pixel_h, pixel_w, D, H,
+                    W)  # fmt: skip
+        line, run = split(thread, depth_runs)
+        pixel = index(first + run * int32(grad_run))
+        n, rest = by_plane(pixel, plane, multiplier, shift)
         start, left = index((index(n * K) + first_k + line) * plane + rest), int32(real_rows - line)
-        for j in range(rows * depth // threads):
-            further = j * (threads // depth)
+        to = place_of(line, run) if grad_run == 4 else int32(place_of(line, run >> int32(2)) + (run & int32(3)))
+        to = int32(at + to)
+        for j in range(rows * depth_runs // threads):
+            further = j * (threads // depth_runs)
             valid = (pixel < total) & (int32(further) < left)
-            to = int32(at + place * int32(row_pitch) + line) + further
-            copy_grad(tiles, to, grad, index(start + further * plane),
-                      int32(4) if valid else int32(0))  # fmt: skip
-        pixel_offset, pixel_d, pixel_h, pixel_w = entry_at(pixels, index(pixel * index(4)))
-        to = int32(at + int32(columns_at) + place * int32(column_pitch) + line)
-        for j in range(columns * depth // threads):
-            further = j * (threads // depth)
-            offset, d, h, w = entry_at(table, int32(line * int32(4)) + 4 * further)
-            valid = inside(pixel_d + d, D) & inside(pixel_h + h, H) & inside(pixel_w + w, W)
-            start = index(pixel_offset + offset)
-            copy_x(tiles, to + further, x, start, int32(4) if valid else int32(0))
+            copy_grad(tiles, to + further * depth, grad, start + further * plane,
+                      int32(grad_bytes) if valid else int32(0))  # fmt: skip
 
     fetch = fetch_last if channels_last else fetch_first
 
     def kernel(
         x, grad, pixels, partial, total, skip, steps, share, groups, filters, K, inner, real_columns, C, D, H, W, plane,
-        R, S, d_step, h_step, w_step,
+        multiplier, shift, x_plane, R, S, d_step, h_step, w_step,
     ):  # fmt: skip
         tiles = ptx.pointer_to(cuda.shared.array(0, float32, alignment=128))
         table = ptx.pointer_to(cuda.shared.array(table_size, index, alignment=16))
@@ -593,21 +643,24 @@ def weight_gradient(
             d, h, w = index(t * d_step), index(r * h_step), index(s * w_step)
             place, channel = index((d * H + h) * W + w), index(group * inner + c)
             entry = int32(int32(at) * int32(4))
-            table[entry] = index(place * C + channel if channels_last else channel * (index(D) * H * W) + place)
-            table[int32(entry + 1)] = d if first_column + at < real_columns else index(OUTSIDE)
-            table[int32(entry + 2)], table[int32(entry + 3)] = h, w
+            table[entry] = index(place * C + channel if channels_last else channel * x_plane + place)
+            table[int32(entry + 1)] = d
+            table[int32(entry + 2)] = h if first_column + at < real_columns else index(OUTSIDE)
+            table[int32(entry + 3)] = w
         cuda.syncthreads()
         row, column = places_of(thread)
+        rows_at = int32(row * int32(4)) if channels_last else place_of(row, int32(0))
         sums = cuda.local.array(sums_of_thread, float32)
         for i in range(sums_of_thread):
             sums[i] = float32(0)
+        planes = plane, multiplier, shift, x_plane
         first_k, real_rows = int32(group * filters + first_row), int32(filters - first_row)
         begin = int32(skip + part * share)
         end = int32(min(int32(begin + share), steps))
         first = index(index(begin) * index(depth))
         for stage in range(ahead):
             if begin + stage < end:
-                fetch(tiles, int32(stage * size), x, grad, pixels, table, first, total, first_k, real_rows, K, plane,
+                fetch(tiles, int32(stage * size), x, grad, pixels, table, first, total, first_k, real_rows, K, planes,
                       D, H, W, thread)  # fmt: skip
             first = index(first + int32(depth))
             commit()
@@ -616,19 +669,23 @@ def weight_gradient(
             wait(in_flight)
             cuda.syncthreads()
             if step < end:
-                fetch(tiles, fill, x, grad, pixels, table, first, total, first_k, real_rows, K, plane, D, H, W, thread)
+                fetch(tiles, fill, x, grad, pixels, table, first, total, first_k, real_rows, K, planes, D, H, W, thread)
             first = index(first + int32(depth))
             commit()
-            product(sums, tiles, int32(read + row * int32(4)), int32(read + int32(columns_at) + column * int32(4)))
+            product(sums, tiles, int32(read + rows_at), int32(read + int32(columns_at) + column * int32(4)))
             if stages == 2:
-                read, fill = fill, read
+                read = int32(int32(size) - read)
+                fill = int32(int32(size) - read)
             else:
                 read = int32(read + int32(size)) if read < int32(ahead * size) else int32(0)
                 fill = int32(fill + int32(size)) if fill < int32(ahead * size) else int32(0)
             step = int32(step + int32(1))
         target = index(index(index(part) * K + first_k) * real_columns)
         for i in range(down):
-            line = int32((row + int32(i // 4 * threads_down)) * int32(4) + int32(i % 4))
+            if channels_last:
+                line = int32((row + int32(i // 4 * threads_down)) * int32(4) + int32(i % 4))
+            else:
+                line = int32(row + int32(i * threads_down))
             for j in range(across):
                 place = int32(first_column + (column + int32(j // 4 * threads_across)) * int32(4) + int32(j % 4))
                 if line < real_rows and place < real_columns:

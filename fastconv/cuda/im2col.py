@@ -9,6 +9,7 @@ weight gradient the product of the output's gradient with the columns, in chains
 order, and in chains too. Groups, and chains, are matrices side by side. All of them are contiguous, because CuPy
 copies others; L pixels are done at a time, as many as the workspace limit has room for.
 
+Products of float16 are rounded to float16 where cuBLAS writes them; all that is added up afterwards is in float32.
 cuBLAS sums in float32 as long as the library does not let it round to tf32, which neither CuPy nor PyTorch does unless
 told to. The kernels have run in the emulator with NumPy's products between them, on no GPU.
 """
@@ -25,15 +26,15 @@ from ..registry import Buffer
 from . import roofline, toolchain
 from .elements import Element
 from .epilogue import CODES, activate
-from .indices import divided, index_type, needs_wide, step
+from .indices import divided, image_strides, index_type, launch, meeting, needs_wide
 from .lanes import loader, storer, widest
 from .steps import Call, Step, renamed
 from .sums import CHAIN, chained
 
 cuda = toolchain.import_cuda()
 
-# Threads of a block.
-THREADS = 128
+from numba.cuda.types import CPointer  # noqa: E402
+
 # Bytes of workspace in all, unless one pixel needs more.
 MOST_BYTES = 256 << 20
 # Share of the peak that products reach; not measured.
@@ -116,7 +117,7 @@ def pack(element: Element, filters_inside: bool, channels_inside: bool, wide: bo
 @lru_cache(maxsize=64)
 def place(element: Element, pixels_inside: bool, lanes: int, wide: bool, has_bias: bool, code: int) -> Any:
     """Return the kernel that puts products (G, K, L) or (G, L, K) into the output, through bias and activation."""
-    index, divide, sums = index_type(wide), divided(wide), element.sums
+    index, divide, sums, widen = index_type(wide), divided(wide), element.sums, element.widen
     load, store = loader(element, lanes), storer(element, lanes)
 
     def im2col_place(product, bias, out, total, K, L, first, pixels, image_step, channel_step, pixel_step):
@@ -134,7 +135,7 @@ def place(element: Element, pixels_inside: bool, lanes: int, wide: bool, has_bia
             load(product, index(number * lanes), values, 0)
             for lane in range(lanes):
                 if has_bias:
-                    values[lane] += bias[index(channel + lane)]
+                    values[lane] += widen(bias[index(channel + lane)])
                 values[lane] = activate(values[lane], code)
             store(out, index(n * image_step + channel * channel_step + at * pixel_step), values, 0)
 
@@ -146,15 +147,7 @@ def place(element: Element, pixels_inside: bool, lanes: int, wide: bool, has_bia
 def gather(element: Element, pixels_inside: bool, wide: bool) -> Any:
     """Return the kernel of col2im: each pixel of the input sums what the columns have for it, of some output pixels."""
     index, divide, sums = index_type(wide), divided(wide), element.sums
-    widen, narrow = element.widen, element.narrow
-
-    def source_of(at, stride, size):
-        found = index(-1)
-        if at >= 0:
-            found, rest = divide(at, stride)
-            if rest > 0 or found >= size:
-                found = index(-1)
-        return found
+    widen, narrow, source_of = element.widen, element.narrow, meeting(wide)
 
     def im2col_gather(
         matrix, out, total, start, add, L, depth, first, C, G, T, R, S, O, P, Q, D, H, W,
@@ -204,7 +197,7 @@ def add_chains(element: Element, channels_inside: bool, wide: bool) -> Any:
     `continues` says to add what "part" holds of launches before; the sum goes there, or if `ends` to `out`, which holds
     what `adds` says to add it to.
     """
-    index, divide, add_up = index_type(wide), divided(wide), chained(element, wide)
+    index, divide, narrow, add_up = index_type(wide), divided(wide), element.narrow, chained(element, wide)
 
     def im2col_add_chains(product, part, out, total, chains, continues, ends, adds, C, taps):
         number = index(index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x))
@@ -220,7 +213,7 @@ def add_chains(element: Element, channels_inside: bool, wide: bool) -> Any:
             if ends > 0:
                 if adds > 0:
                     value += out[number]
-                out[number] = value
+                out[number] = narrow(value)
             else:
                 part[number] = value
 
@@ -239,14 +232,17 @@ class Block(NamedTuple):
 
 
 def supports(geometry: ConvGeometry, direction: str) -> tuple[bool, str]:
-    """Every geometry of float32 and float64."""
-    if geometry.dtype.name in ("float32", "float64"):
+    """Every geometry of the dtypes that CuPy has products of."""
+    if geometry.dtype.name in ("float32", "float64", "float16"):
         return True, ""
-    return False, f"on a GPU its products are of float32 and float64, not {geometry.dtype}"
+    return False, f"on a GPU its products are of float32, float64 and float16, not {geometry.dtype}"
 
 
 def seconds(geometry: ConvGeometry, direction: str, architecture: str) -> float:
-    """Predicted time: the product, and columns that are written and read; not measured."""
+    """Predicted time: the product, and columns that are written and read; not measured.
+
+    No product of float16 is taken to be faster than of float32: CuPy has not always used tensor cores for it.
+    """
     g, block = geometry, _block(geometry, direction, MOST_BYTES)
     blocks = -(-_pixels(g) // (block.pixels * block.chains))
     moved = 2 * g.batch * math.prod(g.output_size) * g.groups * g.reduction_length * g.dtype.itemsize
@@ -264,8 +260,6 @@ def workspace(geometry: ConvGeometry, direction: str, limit: int) -> dict[str, B
             "grads": (chains, g.groups, K, L),
             "product": (chains, g.groups, K, depth),
         }
-        if _is_long(g):
-            shapes["part"] = (g.groups, K, depth)
     elif direction == "input_grad":
         shapes = {
             "packed": (g.groups, depth, K),
@@ -276,7 +270,10 @@ def workspace(geometry: ConvGeometry, direction: str, limit: int) -> dict[str, B
         shapes = {"columns": (g.groups, depth, L), "product": (g.groups, K, L)}
         if g.data_format == "channels_last":
             shapes["packed"] = (g.groups, depth, K)
-    return {name: Buffer(shape, g.dtype) for name, shape in shapes.items()}
+    buffers = {name: Buffer(shape, g.dtype) for name, shape in shapes.items()}
+    if direction == "weight_grad" and _has_part(g):
+        buffers["part"] = Buffer((g.groups, K, depth), Element.of(g.dtype).sums_dtype)
+    return buffers
 
 
 def steps(
@@ -323,21 +320,31 @@ def _block(g: ConvGeometry, direction: str, limit: int) -> Block:
     size = g.groups * g.dtype.itemsize
     if direction == "weight_grad":
         pixels = min(CHAIN, total)
-        limit -= K * depth * size if _is_long(g) else 0
+        limit -= g.groups * K * depth * Element.of(g.dtype).sums_dtype.itemsize if _has_part(g) else 0
         chains = _even(-(-total // pixels), limit // (size * (pixels * (K + depth) + K * depth)))
         return Block(pixels, chains)
     packed = direction == "input_grad" or g.data_format == "channels_last"
     room = (limit - (K * depth * size if packed else 0)) // (size * (K + depth))
     if direction == "forward":
         return Block(_even(total, room))
-    # Whole images, so that each pixel of the input is written once; or else parts of one.
+    # Whole images, so that each pixel of the input is written once; or else parts of one, whose sums are rounded.
     image = math.prod(g.output_size)
-    return Block(_even(g.batch, room // image) * image if room >= image else _even(image, room))
+    whole = room >= image or _is_half(g)
+    return Block(_even(g.batch, room // image) * image if whole else _even(image, room))
 
 
 def _is_long(g: ConvGeometry) -> bool:
     """Return whether there may be so many launches for the weight gradient that what they add must be chains too."""
     return _pixels(g) > CHAIN * CHAIN
+
+
+def _is_half(g: ConvGeometry) -> bool:
+    return g.dtype.itemsize < 4
+
+
+def _has_part(g: ConvGeometry) -> bool:
+    """Return whether what launches for the weight gradient add is kept apart: in chains, or because it is rounded."""
+    return _is_long(g) or _is_half(g)
 
 
 def _even(count: int, most: int) -> int:
@@ -395,7 +402,7 @@ class _Launches:
         g, G, K, depth, L = self.g, self.G, self.K, self.depth, self.block.pixels
         made: list[Step | Call] = []
         elements, starts = math.prod(g.weight_shape), range(0, self.total, L * self.block.chains)
-        together = CHAIN if _is_long(g) else 1
+        together = len(starts) if _is_half(g) else CHAIN if _is_long(g) else 1
         for turn, first in enumerate(starts):
             chains = min(self.block.chains, -(-(self.total - first) // L))
             made.append(self.columns("x", False, first, L, chains))
@@ -404,7 +411,7 @@ class _Launches:
             kernel, place, ends = add_chains(self.element, self.last, self.wide), turn % together, first == starts[-1]
             flags = place > 0, ends or place == together - 1, turn >= together
             numbers = (elements, chains, *map(int, flags), self.C, self.taps)
-            made.append(self._step(kernel, ("product", "part" if _is_long(g) else "out", "out"), numbers, elements))
+            made.append(self._step(kernel, ("product", "part" if _has_part(g) else "out", "out"), numbers, elements))
         return made
 
     def columns(self, source: str, pixels_inside: bool, first: int, L: int, chains: int = 1) -> Step:
@@ -419,7 +426,7 @@ class _Launches:
         total = chains * self.G * L * depth // lanes
         numbers = (
             total, L, depth, self.G, first, self.total, C, math.prod(kernel), *kernel[1:], *g.output_size, *size,
-            *self._strides(C, size), *moves,
+            *image_strides(self.G * C, size, self.last), *moves,
         )  # fmt: skip
         made = columns(self.element, pixels_inside, self.last, lanes, self.wide)
         return self._step(made, (source, target), numbers, total)
@@ -433,7 +440,8 @@ class _Launches:
         g = self.g
         lanes = widest(g.dtype, self.K) if self.last else 1
         total = self.G * self.K * L // lanes
-        numbers = (total, self.K, L, first, math.prod(g.output_size), *self._strides(self.K, g.output_size))
+        strides = image_strides(g.out_channels, g.output_size, self.last)
+        numbers = (total, self.K, L, first, math.prod(g.output_size), *strides)
         kernel = place(self.element, not self.last, lanes, self.wide, bias, code)
         return self._step(kernel, ("product", "bias", "out"), numbers, total)
 
@@ -448,14 +456,10 @@ class _Launches:
         kernel = gather(self.element, not self.last, self.wide)
         return self._step(kernel, ("columns", "out"), numbers, total)
 
-    def _strides(self, channels: int, size: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return the elements from one image to the next, from a channel and from a pixel."""
-        pixels, every = math.prod(size), self.G * channels
-        return (every * pixels, 1, every) if self.last else (every * pixels, pixels, 1)
-
     def _step(self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int) -> Step:
-        arrays = [(name, self.element.pointer) for name in names]
-        return step(kernel, arrays, numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+        kinds = {"part": CPointer(self.element.sums)}
+        arrays = [(name, kinds.get(name, self.element.pointer)) for name in names]
+        return launch(kernel, arrays, numbers, self.wide, total)
 
 
 def _product(a: str, b: str, out: str, batch: int, rows: int, depth: int, columns: int) -> Call:

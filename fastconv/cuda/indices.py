@@ -15,12 +15,21 @@ from .steps import Step
 
 toolchain.import_cuda()
 
-from numba.cuda.types import int32, int64, uint32  # noqa: E402
+from numba.cuda.np import numpy_support  # noqa: E402
+from numba.cuda.types import int32, int64  # noqa: E402
+
+# Threads of a block: four warps hide each other's loads, and a small layer still fills the multiprocessors.
+THREADS = 128
 
 
 def index_type(wide: bool) -> Any:
     """Return the type of indices."""
     return int64 if wide else int32
+
+
+def index_dtype(wide: bool) -> np.dtype:
+    """Return NumPy's name for it."""
+    return np.dtype(np.int64 if wide else np.int32)
 
 
 def _wide_quotient(a, b):
@@ -42,6 +51,51 @@ def divided(wide: bool) -> Any:
         return whole, index(number - whole * size)
 
     return by_division
+
+
+@lru_cache(maxsize=2)
+def decoder(wide: bool) -> Any:
+    """Return the function of (number, O, P, Q) that tells image and place of a pixel."""
+    divide = divided(wide)
+
+    def decode(number, O, P, Q):
+        rest, q = divide(number, Q)
+        rest, p = divide(rest, P)
+        n, o = divide(rest, O)
+        return n, o, p, q
+
+    return decode
+
+
+@lru_cache(maxsize=2)
+def meeting(wide: bool) -> Any:
+    """Return the function that tells which of `size` places, `step` apart from 0 on, is at a distance; -1 if none."""
+    index, divide = index_type(wide), divided(wide)
+
+    def meets(distance, step, size):
+        place = index(-1)
+        if distance >= 0:
+            place, rest = divide(distance, step)
+            if rest > 0 or place >= size:
+                place = index(-1)
+        return place
+
+    return meets
+
+
+def round_up(count: int, to: int) -> int:
+    """Return the next multiple of a number.
+
+    >>> round_up(9, 4)
+    12
+    """
+    return -(-count // to) * to
+
+
+def image_strides(channels: int, size: Sequence[int], channels_last: bool) -> tuple[int, int, int]:
+    """Return the elements from one image to the next, from a channel and from a pixel."""
+    pixels = math.prod(size)
+    return (channels * pixels, 1, channels) if channels_last else (channels * pixels, pixels, 1)
 
 
 def digits(number: int, radices: Sequence[int]) -> tuple[int, ...]:
@@ -78,14 +132,14 @@ def divisor(size: int, wide: bool) -> tuple[Any, ...]:
     return scalar(size, wide), np.uint32(multiplier), np.int32(shift)
 
 
-def divisor_types(wide: bool) -> tuple[Any, ...]:
-    """Return their types."""
-    return index_type(wide), uint32, int32
+def divisors(extents: Sequence[int], wide: bool) -> tuple[Any, ...]:
+    """Return those of several divisors."""
+    return tuple(number for extent in extents for number in divisor(extent, wide))
 
 
 def scalar(value: int, wide: bool) -> Any:
     """Return a whole number as an argument of a kernel."""
-    return np.int64(value) if wide else np.int32(value)
+    return index_dtype(wide).type(value)
 
 
 def needs_wide(*extents: Sequence[int] | int) -> bool:
@@ -96,15 +150,30 @@ def needs_wide(*extents: Sequence[int] | int) -> bool:
 def step(
     kernel: Callable[..., Any],
     arrays: Sequence[tuple[str, Any]],
-    numbers: Sequence[int],
+    numbers: Sequence[Any],
     wide: bool,
     grid: tuple[int, ...],
     block: tuple[int, ...],
 ) -> Step:
-    """Return the launch of a kernel that takes arrays, as (name, type), and then numbers of the type of indices."""
-    number, scalar = (int64, np.int64) if wide else (int32, np.int32)
+    """Return the launch of a kernel that takes arrays, as (name, type), and then numbers.
+
+    Those that are not NumPy's are of the type of indices.
+    """
     names, types = zip(*arrays)
+    given = [n if isinstance(n, np.generic) else scalar(n, wide) for n in numbers]
     return Step(
-        kernel, (*types, *(number,) * len(numbers)), (*grid, 1, 1)[:3], (*block, 1, 1)[:3],
-        (*names, *map(scalar, numbers)),
+        kernel, (*types, *(numpy_support.from_dtype(n.dtype) for n in given)), (*grid, 1, 1)[:3], (*block, 1, 1)[:3],
+        (*names, *given),
     )  # fmt: skip
+
+
+def launch(
+    kernel: Callable[..., Any],
+    arrays: Sequence[tuple[str, Any]],
+    numbers: Sequence[Any],
+    wide: bool,
+    total: int,
+    threads: int = THREADS,
+) -> Step:
+    """Return the launch of a kernel that has a thread for each of `total` results."""
+    return step(kernel, arrays, numbers, wide, (-(-total // threads),), (threads,))

@@ -25,8 +25,6 @@ from numba.cuda.types import int64  # noqa: E402
 WIDEST = 16
 # Registers of a row's stretch: beyond that neighbours do not share one.
 MOST_STRETCH = 32
-# Threads of a block: four warps hide each other's loads, and a small layer still fills the multiprocessors.
-THREADS = 128
 
 
 def widest(dtype: np.dtype, *extents: int) -> int:

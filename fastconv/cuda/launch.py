@@ -6,8 +6,8 @@ configuration built and the numbers packed. A call is then one list of addresses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -75,9 +75,10 @@ class CoreDriver:
         """Return a stream of a handle; 0 is the legacy default stream."""
         return self._core.Stream.from_handle(handle) if handle else self._core.LEGACY_DEFAULT_STREAM
 
-    def launch(self, stream: Any, configuration: Any, kernel: Any, arguments: Sequence[Any]) -> None:
-        """Launch."""
-        self._core.launch(stream, configuration, kernel, *arguments)
+    @property
+    def launch(self) -> Callable[..., None]:
+        """The function of (stream, configuration, kernel, *arguments) that launches."""
+        return self._core.launch
 
     def moment(self, stream: Any) -> Any:
         """Return an event: when the stream has come so far."""
@@ -132,7 +133,7 @@ class Launcher:
 
     def __call__(self, stream: Any, *addresses: int) -> None:
         """Launch on a stream of :meth:`stream`; the arrays must live until the stream has come past."""
-        self._launch(stream, self._configuration, self._kernel, (*addresses, *self._numbers))
+        self._launch(stream, self._configuration, self._kernel, *addresses, *self._numbers)
 
     def stream(self, value: Any) -> Any:
         """Return the stream on which the library of an array works at present, as a launch takes it."""
@@ -142,6 +143,11 @@ class Launcher:
 def stream(handle: int) -> Any:
     """Return the stream of a handle, as a launch takes it."""
     return _stream(driver(), handle)
+
+
+def streams() -> Callable[[int], Any]:
+    """Return the function that is `stream`, for those who call it often."""
+    return partial(_stream, driver())
 
 
 @lru_cache(maxsize=256)

@@ -25,9 +25,9 @@ import numpy as np
 from ..geometry import PoolGeometry
 from ..registry import Buffer
 from . import toolchain
-from .elements import Element
-from .indices import constant_division, divisor, divisor_types, index_type, needs_wide, quotient, scalar
-from .lanes import MOST_STRETCH, THREADS, Stretch, index_loader, index_storer, loader, storer, widest
+from .elements import INTEGERS, Element
+from .indices import THREADS, constant_division, divisors, index_dtype, index_type, launch, needs_wide, quotient, step
+from .lanes import MOST_STRETCH, Stretch, index_loader, index_storer, loader, storer, widest
 from .ptx import pointer_to
 from .steps import Step, renamed
 
@@ -163,8 +163,10 @@ def finisher(element: Element, operation: str, power: float, is_fixed: bool) -> 
     return square_root if power == 2.0 else root
 
 
-def _start(operation: str, power: float) -> float:
+def _start(element: Element, operation: str, power: float) -> float:
     """Return what a window's result begins with."""
+    if element.name in INTEGERS:
+        return int(np.iinfo(element.name).min)
     return -math.inf if operation == MAXIMUM or (operation == NORM and math.isinf(power)) else 0.0
 
 
@@ -192,7 +194,7 @@ def reduce_lanes(how: How) -> Any:
     index, split, window = index_type(wide), constant_division(wide), window_rule(adaptive, wide)
     load, store, store_indices = loader(element, lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
-    sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
+    sums, begin, is_maximum = element.sums, _start(element, operation, power), operation == MAXIMUM
 
     def reduce(
         x, y, indices, factor, total, V, v_m, v_s, Q, q_m, q_s, P, p_m, p_s, O, o_m, o_s, D, H, W,
@@ -251,7 +253,7 @@ def reduce_rows(how: How, stretch: Stretch) -> Any:
     index, split, window = index_type(wide), constant_division(wide), window_rule(False, wide)
     load, store, store_indices = loader(element, load_lanes), storer(element, lanes), index_storer(wide, lanes)
     take, finish = taker(element, operation, power), finisher(element, operation, power, is_fixed)
-    sums, begin, is_maximum = element.sums, _start(operation, power), operation == MAXIMUM
+    sums, begin, is_maximum = element.sums, _start(element, operation, power), operation == MAXIMUM
     registers, padding = vectors * load_lanes, begin if is_maximum else 0.0
 
     def reduce(
@@ -653,10 +655,11 @@ class _Sizes(NamedTuple):
             self.outer * self.inner * math.prod(self.x), self.outer * self.inner * math.prod(self.y), *spans, *products
         )
 
-    def rest(self, wide: bool) -> tuple[Any, ...]:
-        """Return the numbers that windows are computed from."""
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """The numbers that windows are computed from."""
         before, after = zip(*self.padding)
-        return tuple(scalar(n, wide) for n in (*self.kernel, *self.stride, *before, *after, *self.dilation))
+        return (*self.kernel, *self.stride, *before, *after, *self.dilation)
 
 
 def _outer_inner(batch: int, channels: int, data_format: str) -> tuple[int, int]:
@@ -722,15 +725,11 @@ def lp_pool_grad(geometry: PoolGeometry, dtype: np.dtype, power: float, threads:
     if 0 in (windows, pixels):
         return avg_pool_grad(g, dtype, threads=threads)
     wide = needs_wide(windows, pixels)
-    index = index_type(wide)
-    shares = Step(
-        norm_shares(element, wide, power), (*(element.pointer,) * 3, index, element.sums), *_launch(windows, threads),
-        ("grad_output", "norms", "shares", scalar(windows, wide), _number(element, math.prod(g.kernel_size))),
-    )  # fmt: skip
-    slopes = Step(
-        norm_slopes(element, wide, power), (*(element.pointer,) * 2, index), *_launch(pixels, threads),
-        ("x", "out", scalar(pixels, wide)),
-    )  # fmt: skip
+    arrays = [(name, element.pointer) for name in ("grad_output", "norms", "shares")]
+    numbers = (windows, _number(element, math.prod(g.kernel_size)))
+    shares = launch(norm_shares(element, wide, power), arrays, numbers, wide, windows, threads)
+    arrays = [(name, element.pointer) for name in ("x", "out")]
+    slopes = launch(norm_slopes(element, wide, power), arrays, (pixels,), wide, pixels, threads)
     return [
         *renamed(lp_pool(g, dtype, power, threads=threads), out="norms"),
         shares,
@@ -741,7 +740,7 @@ def lp_pool_grad(geometry: PoolGeometry, dtype: np.dtype, power: float, threads:
 
 def scatter_workspace(shape: Any, size: Any, threads: int = THREADS) -> dict[str, Buffer]:
     """Return the buffers of `scatter`; "reach"[6] is 1 afterwards if an index was neither inside nor -1."""
-    kind = np.dtype(np.int64 if _scatter_is_wide(shape, size) else np.int32)
+    kind = index_dtype(_scatter_is_wide(shape, size))
     blocks = _reach_blocks(math.prod(shape), threads)
     return {"reaches": Buffer((blocks, REACH), kind), "reach": Buffer((REACH,), kind)}
 
@@ -770,17 +769,14 @@ def scatter(
     sizes = _Sizes(outer, inner, tuple(size), (O, P, Q), ones, strides, ((0, 0),) * 3, ones)
     if 0 in (outer, inner, *size):
         return []
-    first_types = (CPointer(int64), CPointer(index_type(wide)))
+    found, reach = ((name, CPointer(index_type(wide))) for name in ("reaches", "reach"))
     numbers = (
-        scalar(total, wide), scalar(-(-total // blocks), wide), *_divisors((inner, Q, P, O), wide),
-        *(scalar(n, wide) for n in (*size, *strides, 0 if latest else -1)),
+        total, -(-total // blocks), *divisors((inner, Q, P, O), wide), *size, *strides, 0 if latest else -1,
     )  # fmt: skip
-    kinds = (*(index_type(wide),) * 2, *divisor_types(wide) * 4, *(index_type(wide),) * 7)
-    find = Step(find_reach(wide, threads), (*first_types, *kinds), (blocks, 1, 1), (threads, 1, 1),
-                ("indices", "reaches", *numbers))  # fmt: skip
-    join = Step(join_reaches(wide, _join_threads(blocks)), (first_types[1],) * 2 + (index_type(wide),), (1, 1, 1),
-                (_join_threads(blocks), 1, 1), ("reaches", "reach", scalar(blocks, wide)))  # fmt: skip
-    lanes = widest(dtype, inner) if aligned else 1
+    find = step(find_reach(wide, threads), [("indices", CPointer(int64)), found], numbers, wide, (blocks,), (threads,))
+    of_join = _join_threads(blocks)
+    join = step(join_reaches(wide, of_join), [found, reach], (blocks,), wide, (1,), (of_join,))
+    lanes = widest(dtype, inner) if aligned and dtype.name not in INTEGERS else 1
     back = Back(Element.of(dtype), LATEST if latest else MATCHING, wide, lanes, has_reach=True)
     return [find, join, _spread_step(sizes, back, spread_lanes(back), (inner // lanes, sizes.x[2]), 1.0, threads)]
 
@@ -798,10 +794,9 @@ def gather(
     element, total = Element.of(dtype), math.prod(shape) // lanes
     if total == 0:
         return []
-    signature = (element.pointer, CPointer(int64), element.pointer, index_type(wide), *divisor_types(wide) * 2)
-    numbers = (scalar(total, wide), *_divisors((inner // lanes, windows), wide), scalar(size, wide))
-    return [Step(pick(element, wide, lanes), (*signature, index_type(wide)), *_launch(total, threads),
-                 ("grad_output", "indices", "out", *numbers))]  # fmt: skip
+    arrays = [("grad_output", element.pointer), ("indices", CPointer(int64)), ("out", element.pointer)]
+    numbers = (total, *divisors((inner // lanes, windows), wide), size)
+    return [launch(pick(element, wide, lanes), arrays, numbers, wide, total, threads)]
 
 
 def _reduction(
@@ -811,6 +806,8 @@ def _reduction(
     sizes, element = _Sizes.of(g), Element.of(dtype)
     if 0 in (sizes.outer, sizes.inner, *sizes.y):
         return []
+    # Vectors are of floating-point numbers.
+    aligned = aligned and dtype.name not in INTEGERS
     factor = 1.0 if operation == MAXIMUM else _factor(g, count_padding, divisor)
     is_fixed = factor is not None
     factor = (1.0 if factor is None else factor) * (math.prod(g.kernel_size) if operation == NORM else 1)
@@ -825,14 +822,9 @@ def _reduction(
         kernel, across = reduce_lanes(how), (sizes.inner // how.lanes, sizes.y[2])
     O, P, _ = sizes.y
     wide, total = how.wide, sizes.outer * O * P * math.prod(across)
-    index = index_type(wide)
-    signature = (element.pointer, element.pointer, CPointer(int64), element.sums, index, *divisor_types(wide) * 4,
-                 *(index,) * 18)  # fmt: skip
-    numbers = (
-        _number(element, factor), scalar(total, wide), *_divisors((*across, P, O), wide),
-        *(scalar(n, wide) for n in sizes.x), *sizes.rest(wide),
-    )  # fmt: skip
-    return [Step(kernel, signature, *_launch(total, threads), ("x", "out", "indices", *numbers))]
+    arrays = [("x", element.pointer), ("out", element.pointer), ("indices", CPointer(int64))]
+    numbers = (_number(element, factor), total, *divisors((*across, P, O), wide), *sizes.x, *sizes.rest)
+    return [launch(kernel, arrays, numbers, wide, total, threads)]
 
 
 def _spreading(
@@ -861,17 +853,14 @@ def _spread_step(
     sizes: _Sizes, back: Back, kernel: Any, across: tuple[int, int], factor: float, threads: int, by_rows: bool = False
 ) -> Step:
     D, H, _ = sizes.x
-    element, wide, index = back.element, back.wide, index_type(back.wide)
+    element, wide = back.element, back.wide
     total = sizes.outer * D * H * across[0] * (1 if by_rows else across[1])
-    signature = (
-        element.pointer, CPointer(int64), CPointer(index), element.pointer, element.sums, index,
-        *divisor_types(wide) * 4, *(index,) * 18,
-    )  # fmt: skip
-    numbers = (
-        _number(element, factor), scalar(total, wide), *_divisors((*across, H, D), wide),
-        *(scalar(n, wide) for n in sizes.y), *sizes.rest(wide),
-    )  # fmt: skip
-    return Step(kernel, signature, *_launch(total, threads), ("grad_output", "indices", "reach", "out", *numbers))
+    arrays = [
+        ("grad_output", element.pointer), ("indices", CPointer(int64)), ("reach", CPointer(index_type(wide))),
+        ("out", element.pointer),
+    ]  # fmt: skip
+    numbers = (_number(element, factor), total, *divisors((*across, H, D), wide), *sizes.y, *sizes.rest)
+    return launch(kernel, arrays, numbers, wide, total, threads)
 
 
 def _factor(g: PoolGeometry, count_padding: bool, divisor: int) -> float | None:
@@ -886,16 +875,7 @@ def _factor(g: PoolGeometry, count_padding: bool, divisor: int) -> float | None:
 
 
 def _number(element: Element, value: float) -> Any:
-    return np.float64(value) if element.name == "float64" else np.float32(value)
-
-
-def _divisors(extents: tuple[int, ...], wide: bool) -> tuple[Any, ...]:
-    return tuple(number for extent in extents for number in divisor(extent, wide))
-
-
-def _launch(total: int, threads: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return grid and block."""
-    return (-(-total // threads), 1, 1), (threads, 1, 1)
+    return element.sums_dtype.type(value)
 
 
 def _scatter_is_wide(shape: tuple[int, ...], size: tuple[int, ...]) -> bool:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..geometry import ConvGeometry, PoolGeometry, first_spatial_axis, join_shap
 from ..registry import Buffer, workspace_bytes
 from . import bias, im2col, launch, padding, pool
 from .compile import compile_kernel
-from .elements import SUPPORTED, Element
+from .elements import INTEGERS, SUPPORTED, Element
 from .steps import Call, Step
 
 # --- steps -----------------------------------------------------------------------------------------------------
@@ -92,13 +93,15 @@ class Launch(NamedTuple):
 
 def ready(steps: Iterable[Step | Call], architecture: str) -> list[Launch]:
     """Compile steps, or take them from the disk, and load them on the current device."""
-    made = []
+    made, known = [], dict[Any, Any]()
     for step in steps:
         if isinstance(step, Call):
             made.append(Launch(step.perform, step.arguments, is_call=True))
             continue
         names, numbers = split_arguments(step)
-        code = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
+        # Some algorithms launch the same kernel a thousand times.
+        what = (step.kernel, step.signature, step.launch_bounds)
+        code = known[what] = known.get(what) or compile_kernel(*what[:2], architecture, what[2])
         made.append(Launch(launch.Launcher(code, step.grid, step.block, numbers, step.shared_bytes), names))
     return made
 
@@ -308,48 +311,63 @@ def _prepared(
     """
     if config.get("poison"):
         return None
-    known: list[Prepared] = []
+    bound: _Bound | None = None
+    count = len(results)
 
     def run(*given: Any) -> Any:
-        if not known:
+        nonlocal bound
+        if bound is None:
             library: Any = library_of(names[0], given[0])
             with library.current():
                 launches, buffers = make(library, *given)
-            known.append(_bound(library, launches, names, results, buffers))
-        return known[0](*given)
-
-    return run
-
-
-def _bound(
-    library: DeviceLibrary, launches: list[Launch], names: Sequence[str], results: Mapping[str, Any],
-    buffers: Mapping[str, Buffer],
-) -> Prepared:  # fmt: skip
-    """Return the function that makes results and workspace, and launches."""
-    made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
-    places = {name: i for i, name in enumerate((*names, *made))}
-    # One place more, of the null pointer that stands for arrays that are not there.
-    wanted = [
-        (launcher, [places.get(name, len(places)) for name in own], is_call) for launcher, own, is_call in launches
-    ]
-    new, address_of, count, memory = library.new, library.address_of, len(results), [*made.values()]
-
-    def run(*given: Any) -> Any:
+            bound = _bound(library, launches, names, results, buffers)
+        library, new, address_of, stream_of, memory, wanted = bound
         if not library.is_current():
             return None
         fresh = [new(shape, dtype) for shape, dtype in memory]
         arrays = (*given, *fresh)
         addresses = [0 if array is None else address_of(array) for array in arrays]
         addresses.append(0)
-        on = launch.stream(library.stream())
-        for launcher, own, is_call in wanted:
+        on = stream_of(library.stream())
+        for launcher, chosen, is_call in wanted:
             if is_call:
-                launcher(library, *[arrays[i] for i in own])
+                launcher(library, *chosen(arrays))
             else:
-                launcher(on, *[addresses[i] for i in own])
+                launcher(on, *chosen(addresses))
         return fresh[0] if count == 1 else tuple(fresh[:count])
 
     return run
+
+
+class _Bound(NamedTuple):
+    """What a prepared call does with arrays of one library: allocate, find addresses, and launch on some of them."""
+
+    library: DeviceLibrary
+    new: Callable[..., Any]
+    address_of: Callable[[Any], int]
+    stream_of: Callable[[int], Any]
+    memory: list[tuple[tuple[int, ...], np.dtype]]
+    wanted: list[tuple[Callable[..., None], Callable[[Sequence[Any]], Sequence[Any]], bool]]
+
+
+def _bound(
+    library: DeviceLibrary, launches: list[Launch], names: Sequence[str], results: Mapping[str, Any],
+    buffers: Mapping[str, Buffer],
+) -> _Bound:  # fmt: skip
+    """Return a prepared call, its names resolved to places among what is given and made."""
+    made = {**results, **{name: (b.shape, np.dtype(b.dtype)) for name, b in buffers.items() if b.owned}}
+    places = {name: i for i, name in enumerate((*names, *made))}
+    # One place more, of the null pointer that stands for arrays that are not there.
+    wanted = [
+        (launcher, _chooser([places.get(name, len(places)) for name in own]), is_call)
+        for launcher, own, is_call in launches
+    ]
+    return _Bound(library, library.new, library.address_of, launch.streams(), [*made.values()], wanted)
+
+
+def _chooser(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return the function that takes the elements at some places; `itemgetter` has no tuple for one."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: [values[i] for i in places]
 
 
 def prepared_forward(choice: Any, geometry: ConvGeometry, activation: str | None) -> Prepared | None:
@@ -443,9 +461,10 @@ def _launches_of(make: Callable[..., list[Step]], library: DeviceLibrary, *argum
     return ready(make(*arguments), library.device)
 
 
-def _require_floating(name: str, array: DeviceArray) -> None:
-    if array.dtype.name not in SUPPORTED:
-        raise UnsupportedError(f"on a GPU {name} pools {', '.join(SUPPORTED)}, not {array.dtype}")
+def _require_dtype(name: str, array: DeviceArray) -> None:
+    """Refuse what there are no kernels for: maxima alone are taken of integers."""
+    if array.dtype.name not in (allowed := (*SUPPORTED, *INTEGERS) if name.startswith("max_pool") else SUPPORTED):
+        raise UnsupportedError(f"on a GPU {name} pools {', '.join(allowed)}, not {array.dtype}")
 
 
 def _pooled(
@@ -454,7 +473,7 @@ def _pooled(
 ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
     """Return what steps made for a geometry make of one array: "out", and where asked for the "indices"."""
     g, library = geometry, given.library
-    _require_floating(name, given)
+    _require_dtype(name, given)
     stored = stored_format(given, g.data_format)
     with library.current():
         source = _laid_out(given, g.data_format, stored)
@@ -492,7 +511,7 @@ def lp_pool(geometry: PoolGeometry, x: DeviceArray, power: float) -> DeviceArray
 def lp_pool_backward(geometry: PoolGeometry, grad_output: DeviceArray, x: DeviceArray, power: float) -> DeviceArray:
     """Return the gradient of the norm with respect to its input; half types are computed in float32."""
     g, library = geometry, x.library
-    _require_floating("lp_pool_backward", x)
+    _require_dtype("lp_pool_backward", x)
     stored, dtype = stored_format(x, g.data_format), Element.of(x.dtype).sums_dtype
     with library.current():
         operands = {
@@ -520,7 +539,7 @@ def _scattered(
 ) -> tuple[DeviceArray, bool]:  # fmt: skip
     """Return values at their places, added up or the latest, and True: who asks whether indices were good must wait."""
     library, stored = values.library, stored_format(values, data_format)
-    _require_floating("max_unpool" if latest else "max_pool_backward", values)
+    _require_dtype("max_unpool" if latest else "max_pool_backward", values)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (values, indices))
         out = library.empty(join_shape(batch, channels, spatial, stored), values.dtype)
@@ -552,7 +571,7 @@ def max_unpool_backward(
 ) -> tuple[DeviceArray, bool]:  # fmt: skip
     """Return (gradient at each index, True); an index outside the plane reads 0."""
     library, stored = grad_output.library, stored_format(grad_output, data_format)
-    _require_floating("max_unpool_backward", grad_output)
+    _require_dtype("max_unpool_backward", grad_output)
     with library.current():
         source, where = (_laid_out(a, data_format, stored) for a in (grad_output, indices))
         out = library.empty(join_shape(batch, channels, input_size, stored), grad_output.dtype)
@@ -568,7 +587,7 @@ def _prepared_pool(
     backward: bool = False, indices: bool = False,
 ) -> Prepared | None:  # fmt: skip
     """Return a function of one array that is a whole call, as `calls` keeps it, or None."""
-    if dtype.name not in SUPPORTED:
+    if dtype.name not in (*SUPPORTED, *INTEGERS):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
@@ -605,7 +624,7 @@ def prepared_max_pool_backward(
     """Return a function of (grad_output, indices) that is a whole call, or None; the arrays have a batch."""
     dtype, shape = grad_output.dtype, planes_shape(grad_output.shape, data_format)
     size = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
-    if dtype.name not in SUPPORTED:
+    if dtype.name not in (*SUPPORTED, *INTEGERS):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:

@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from . import toolchain
+from .architecture import MOST_BLOCKS
 from .elements import Element
-from .indices import index_type, step
+from .indices import index_type, launch
 from .steps import Step
 
 cuda = toolchain.import_cuda()
@@ -23,19 +24,39 @@ CHAIN = 512
 LEAST = 8
 # Blocks to cut a sum for: eight for each of 132 multiprocessors.
 ENOUGH_BLOCKS = 1056
-# The most shares: blocks of a grid's second dimension. Beyond them running sums grow longer.
-MOST_SHARES = 65535
+# Products in one running sum of a kernel that does not cut it: a longer one is cut in launches, each of which adds to
+# what the one before has written.
+PRODUCTS = 2304
+# Blocks of large tiles to cut a sum for, two for each of 132 multiprocessors, and the least steps of depth for one.
+ENOUGH_TILES, LEAST_STEPS = 264, 8
 
 
-def shares(pixels: int, blocks: int, down: int, room: int = MOST_SHARES) -> tuple[int, int]:
+def shares(pixels: int, blocks: int, down: int, room: int = MOST_BLOCKS) -> tuple[int, int]:
     """Return (how many shares, pixels of one) for so many pixels, blocks beside each other and rows of a block.
 
-    There are enough shares to fill a GPU and to keep running sums short, but no more than there is `room` for.
+    There are enough shares to fill a GPU and to keep running sums short, but no more than there is `room` for. Shares
+    are blocks of a grid's second dimension: beyond the most of them running sums grow longer.
     """
     wanted = max(min(-(-ENOUGH_BLOCKS // blocks), -(-pixels // (LEAST * down))), -(-pixels // (CHAIN * down)))
-    share = max(-(-pixels // max(min(wanted, room, MOST_SHARES), 1)), 1)
+    share = max(-(-pixels // max(min(wanted, room, MOST_BLOCKS), 1)), 1)
     count = max(-(-pixels // share), 1)
     return count, -(-pixels // count)
+
+
+def parts_of_tiles(steps: int, tiles: int, across: int, room: int, least: int = 1) -> int:
+    """Return in how many parts to cut the depth, of so many steps, of so many tiles of a product.
+
+    They fill a GPU, or are `least` for the sake of short sums, and fit a grid's dimension that has `across` blocks.
+    """
+    wanted = max(-(-ENOUGH_TILES // tiles), least)
+    return max(min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // across), 1)
+
+
+def shares_of_tiles(steps: int, tiles: int, across: int, room: int, chain: int) -> tuple[int, int]:
+    """Return (how many parts, steps of one) likewise, of launches that take at most `chain` steps for a part."""
+    parts = parts_of_tiles(steps, tiles, across, room, -(-steps // (chain * CHAIN)))
+    each = max(min(-(-steps // parts), chain), 1)
+    return max(min(-(-steps // each), parts), 1), each
 
 
 @lru_cache(maxsize=16)
@@ -89,4 +110,4 @@ def add_parts(element: Element, wide: bool) -> Any:
 def second_pass(element: Element, wide: bool, total: int, count: int, threads: int) -> Step:
     """Return the launch that adds `count` sums of `total` elements in the buffer "parts" up to "out"."""
     arrays = [("parts", CPointer(element.sums)), ("out", element.pointer)]
-    return step(add_parts(element, wide), arrays, (total, count), wide, (-(-total // threads),), (threads,))
+    return launch(add_parts(element, wide), arrays, (total, count), wide, total, threads)

@@ -19,11 +19,12 @@ import numpy as np
 from ..geometry import ConvGeometry
 from ..registry import Buffer
 from . import gemm_kernels, roofline, sums, tensor_core_grads, tensor_core_kernels, tensor_core_staging, toolchain
-from .architecture import Architecture
-from .blocking import Phase, phases
+from .architecture import MOST_BLOCKS, Architecture
+from .blocking import Phase, channels, channels_of_group, phases, source_of, weight_steps
 from .elements import Element
 from .epilogue import CODES
-from .indices import index_type, step
+from .gemm_kernels import on_tiles
+from .indices import THREADS, index_dtype, index_type, launch, round_up, step
 from .steps import Step
 from .tensor_core_kernels import Tile
 from .tensor_core_units import BFLOAT16, BFLOAT16_PLANES, FLOAT16, TF32_PLANES, Units
@@ -32,12 +33,6 @@ toolchain.import_cuda()
 
 from numba.cuda.types import CPointer, float32, int32, uint32  # noqa: E402
 
-# Threads of a block of the kernels that pack and stage.
-THREADS = 128
-# The most blocks of a grid's second and third dimension.
-MOST_BLOCKS = 65535
-# Blocks that fill a GPU, and the least steps of depth that are worth a block of their own.
-ENOUGH_BLOCKS, LEAST_STEPS = 264, 8
 # Pixels of one running sum of the weight gradient: one addition for 8 or 16 of them.
 CHAIN = 8 * sums.CHAIN
 # Not measured: the share of the tensor cores' peak; the newest have other instructions than mma for the whole of it.
@@ -71,7 +66,7 @@ class TensorCore:
         if g.groups > MOST_BLOCKS or -(-lines // 16) > MOST_BLOCKS:
             return False, f"a grid has {MOST_BLOCKS} blocks across; there are {g.groups} groups and {lines} filters"
         taps = math.prod(g.kernel_size)
-        if direction == "weight_grad" and taps * _up(g.in_channels // g.groups, 8) // 64 >= MOST_BLOCKS:
+        if direction == "weight_grad" and taps * round_up(g.in_channels // g.groups, 8) // 64 >= MOST_BLOCKS:
             return False, f"a grid has {MOST_BLOCKS} blocks across; there are {taps} taps"
         if max(g.padded_size) >= 2**31:
             return False, f"its kernels have places in 32 bits; the image is {g.padded_size} with padding"
@@ -82,7 +77,7 @@ class TensorCore:
         g, units, there = geometry, self.units[geometry.dtype.name], roofline.peak(architecture)
         if Architecture.named(architecture).capability < self.since:
             return math.inf
-        names = ("x", "grad_output") if direction == "weight_grad" else (_source(direction),)
+        names = ("x", "grad_output") if direction == "weight_grad" else (source_of(direction),)
         moved = g.bytes + 2 * sum(b.nbytes for name in names for b in Pixels.of(g, name, units).buffers().values())
         if direction == "weight_grad":
             share = Share.of(g, units, 1 << 30, None)
@@ -103,7 +98,7 @@ class TensorCore:
             return {}
         if direction == "weight_grad":
             return _grad_workspace(g, units, limit, tile)
-        return {**product_buffers(g, direction, units, tile), **Pixels.of(g, _source(direction), units).buffers()}
+        return {**product_buffers(g, direction, units, tile), **Pixels.of(g, source_of(direction), units).buffers()}
 
     def steps(
         self,
@@ -122,7 +117,7 @@ class TensorCore:
         if direction == "weight_grad":
             return _grad_steps(g, units, limit, tile)
         ending = bias, CODES[activation]
-        pixels = Pixels.of(g, _source(direction), units)
+        pixels = Pixels.of(g, source_of(direction), units)
         found = pixels.steps()
         for phase in phases(g, direction):
             if phase.positions:
@@ -147,26 +142,6 @@ def seconds_of(products: int, units: Units, tile: Tile, architecture: str) -> fl
     return 2 * products * units.chunk * units.products / (share * getattr(roofline.peak(architecture), units.rate))
 
 
-def _up(count: int, step: int) -> int:
-    return -(-count // step) * step
-
-
-def _channels(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
-    """Return the channels of one group that are summed over, and those that result."""
-    C, K = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    return (K, C) if direction == "input_grad" else (C, K)
-
-
-def _totals(geometry: ConvGeometry, direction: str) -> tuple[int, int]:
-    """Return all channels of the source and of the target."""
-    both = geometry.in_channels, geometry.out_channels
-    return both if direction == "forward" else both[::-1]
-
-
-def _source(direction: str) -> str:
-    return "x" if direction == "forward" else "grad_output"
-
-
 def _is_last(geometry: ConvGeometry) -> bool:
     return geometry.data_format == "channels_last"
 
@@ -174,17 +149,13 @@ def _is_last(geometry: ConvGeometry) -> bool:
 def is_wide(geometry: ConvGeometry, units: Units) -> bool:
     """Return whether an index could pass what 32 bits hold."""
     g, taps = geometry, math.prod(geometry.kernel_size)
-    C, K = (_up(n // g.groups, units.chunk) for n in (g.in_channels, g.out_channels))
+    C, K = (round_up(n // g.groups, units.chunk) for n in (g.in_channels, g.out_channels))
     # Beyond the arrays: pixels of the last tile, padding around an image, and the weight in whole tiles.
     around = 512 + math.prod(n + r * d + before + after + s for n, r, d, (before, after), s in zip(
         g.input_size, g.kernel_size, g.dilation, g.padding, g.stride))  # fmt: skip
     x, y = (math.prod(size) * g.groups * n for size, n in ((g.input_size, C), (g.output_size, K)))
-    packed = g.groups * (taps + 1) * _up(C, 256) * _up(K, 256)
+    packed = g.groups * (taps + 1) * round_up(C, 256) * round_up(K, 256)
     return units.planes * max(g.batch * max(x, y) + around * g.groups * max(C, K), packed) + THREADS >= 2**31
-
-
-def _index_dtype(geometry: ConvGeometry, units: Units) -> np.dtype:
-    return np.dtype(np.int64 if is_wide(geometry, units) else np.int32)
 
 
 class Pixels(NamedTuple):
@@ -240,7 +211,7 @@ class Pixels(NamedTuple):
         kernel = tensor_core_staging.stage(units, element, _is_last(g), together, wide)
         numbers = elements, math.prod(self.extents), self.chunks, g.groups, of_group
         arrays = [(self.name, element.pointer), self.array]
-        return [step(kernel, arrays, numbers, wide, (-(-elements // THREADS),), (THREADS,))]
+        return [launch(kernel, arrays, numbers, wide, elements)]
 
 
 class Places(NamedTuple):
@@ -260,7 +231,7 @@ class Places(NamedTuple):
         cls, g: ConvGeometry, direction: str, phase: Phase, units: Units, tile: Tile | None, architecture: str
     ) -> Places:
         """Return the sizes of a phase."""
-        inner, lines = _channels(g, direction)
+        inner, lines = channels_of_group(g, direction)
         if tile is None:
             tile = tile_for(units, lines, _is_last(g))
             if architecture == "sm_90a" and units.warpgroup and lines > 64:
@@ -303,7 +274,7 @@ def warpgroup_tile(units: Units, columns: int) -> Tile:
     """Return the tile of warpgroups: the wider one where it does not lie idle, and of planes all that has room."""
     if units.planes > 1:
         return Tile(128, 128, 8, 8, 1, 3 if units.planes == 2 else 2, warpgroups=True)
-    if _up(columns, 256) <= 1.1 * columns:
+    if round_up(columns, 256) <= 1.1 * columns:
         return Tile(128, 256, 8, 8, 1, 4, 1, warpgroups=True)
     return Tile(128, 128, 8, 8, 1, 3, 2, warpgroups=True)
 
@@ -317,22 +288,9 @@ def product_buffers(g: ConvGeometry, direction: str, units: Units, tile: Tile | 
     found = [Places.of(g, direction, phase, units, tile, a) for phase in phases(g, direction) for a in every]
     return {
         "packed": Buffer((max(p.packed for p in found) * units.planes * 4,), _WORD),
-        "taps": Buffer((max(p.entries for p in found) * 4,), _index_dtype(g, units)),
+        "taps": Buffer((max(p.entries for p in found) * 4,), index_dtype(is_wide(g, units))),
         "flags": Buffer((max(p.flags for p in found),), _FLAG),
     }
-
-
-def _weight_steps(g: ConvGeometry, direction: str) -> tuple[int, int, int]:
-    """Return the steps, in the weight (K, C // groups, T, R, S), to the next line, summed channel and group."""
-    C, taps = g.in_channels // g.groups, math.prod(g.kernel_size)
-    filters, channels = C * taps, taps
-    line, inner = (filters, channels) if direction == "forward" else (channels, filters)
-    return line, inner, g.out_channels // g.groups * filters
-
-
-def _place_numbers(phase: Phase) -> tuple[int, ...]:
-    names = "extent", "in_first", "in_step", "out_first", "out_step"
-    return tuple(number for name in names for number in phase.column(name))
 
 
 def pack_step(g: ConvGeometry, direction: str, phase: Phase, pixels: Pixels, places: Places) -> Step:
@@ -341,12 +299,12 @@ def pack_step(g: ConvGeometry, direction: str, phase: Phase, pixels: Pixels, pla
     kernel = tensor_core_staging.pack(p.tile, units, element, _is_last(g), wide)
     numbers = (
         p.packed, p.entries, p.k_tiles, p.chunks_of_tap, phase.taps, p.inner, p.grid[1], p.lines,
-        *_weight_steps(g, direction), *(max(n, 1) for n in phase.column("taps")[1:]), *g.kernel_size[1:],
+        *weight_steps(g, direction), *(max(n, 1) for n in phase.column("taps")[1:]), *g.kernel_size[1:],
         *phase.column("weight_first"), *phase.column("weight_step"), *phase.column("tap_step"), pixels.of_chunk,
         *phase.source[1:], pixels.of_pixel,
     )  # fmt: skip
     arrays = [("weight", element.pointer), ("packed", _WORDS), ("taps", CPointer(index_type(wide)))]
-    return step(kernel, arrays, numbers, wide, (-(-(p.packed + p.entries) // THREADS),), (THREADS,))
+    return launch(kernel, arrays, numbers, wide, p.packed + p.entries)
 
 
 def product_step(
@@ -361,32 +319,27 @@ def product_step(
     )
     numbers = (
         g.batch * phase.positions, pixels.plane, p.k_tiles, p.lines, pixels.of_pixel // g.groups, pixels.of_pixel,
-        *phase.source, _totals(g, direction)[1], *phase.target, *_place_numbers(phase),
+        *phase.source, channels(g, direction)[1], *phase.target, *phase.places,
     )  # fmt: skip
     arrays = [
         pixels.array, ("packed", _WORDS), ("taps", CPointer(index_type(wide))), ("bias", element.pointer),
         ("out", element.pointer), ("flags", CPointer(int32)),
     ]  # fmt: skip
     words = tensor_core_kernels.buffer_words(p.tile, units, last)[1]
-    return _on_tiles(step(kernel, arrays, numbers, wide, p.grid, (p.tile.threads,)), p.tile, words)
-
-
-def _on_tiles(made: Step, tile: Tile, words: int) -> Step:
-    """Return a step with the shared memory of its buffers."""
-    return made._replace(shared_bytes=4 * tile.stages * words, launch_bounds=(tile.threads, tile.blocks))
+    return on_tiles(step(kernel, arrays, numbers, wide, p.grid, (p.tile.threads,)), p.tile, words)
 
 
 def _mend_step(
     g: ConvGeometry, direction: str, phase: Phase, units: Units, places: Places, bias: bool, code: int
 ) -> Step:
-    element, p, wide, (C, K) = Element.of(g.dtype), places, is_wide(g, units), _totals(g, direction)
+    element, p, wide, (C, K) = Element.of(g.dtype), places, is_wide(g, units), channels(g, direction)
     kernel = tensor_core_staging.mend(p.tile, element, _is_last(g), wide, bias, code)
     numbers = (
-        g.batch * phase.positions, p.lines, p.inner, *_weight_steps(g, direction), *g.kernel_size[1:],
+        g.batch * phase.positions, p.lines, p.inner, *weight_steps(g, direction), *g.kernel_size[1:],
         *phase.column("taps"), *phase.column("weight_first"), *phase.column("weight_step"), *phase.column("tap_step"),
-        C, *phase.source, K, *phase.target, *_place_numbers(phase),
+        C, *phase.source, K, *phase.target, *phase.places,
     )  # fmt: skip
-    names = _source(direction), "weight", "bias", "out"
+    names = source_of(direction), "weight", "bias", "out"
     arrays = [*((name, element.pointer) for name in names), ("flags", CPointer(int32))]
     return step(kernel, arrays, numbers, wide, p.grid, (p.tile.threads,))
 
@@ -424,15 +377,11 @@ class Share(NamedTuple):
         steps = -(-g.batch * math.prod(g.output_size) // depth)
         tiles = -(-filters // tile.rows) * -(-columns * units.chunk // tile.columns) * g.groups
         part = g.out_channels * columns * units.chunk
-        taken = 4 * steps * depth * _index_dtype(g, units).itemsize
+        taken = 4 * steps * depth * index_dtype(is_wide(g, units)).itemsize
         taken += sum(b.nbytes for name in ("x", "grad_output") for b in Pixels.of(g, name, units).buffers().values())
         room = (limit - taken) // (4 * part)
-        chain = max(CHAIN // depth, 1)
-        wanted = max(-(-ENOUGH_BLOCKS // tiles), -(-steps // (chain * sums.CHAIN)))
-        splits = min(wanted, steps // LEAST_STEPS, room, MOST_BLOCKS // g.groups)
-        each = max(min(-(-steps // max(splits, 1)), chain), 1)
+        splits, each = sums.shares_of_tiles(steps, tiles, g.groups, room, max(CHAIN // depth, 1))
         products = tiles * tile.rows * tile.columns * steps * tile.chunks
-        splits = max(min(-(-steps // each), splits), 1)
         return cls(tile, columns, steps, each, splits, steps * depth, part, products)
 
 
@@ -457,20 +406,12 @@ def _grad_steps(g: ConvGeometry, units: Units, limit: int, tile: Tile | None) ->
 
 def table_buffer(g: ConvGeometry, units: Units, share: Share) -> Buffer:
     """Return what the table of pixels takes."""
-    return Buffer((4 * share.entries,), _index_dtype(g, units))
+    return Buffer((4 * share.entries,), index_dtype(is_wide(g, units)))
 
 
 def table_step(g: ConvGeometry, units: Units, share: Share, x: Pixels) -> Step:
     """Return the launch that tabulates pixels."""
-    wide, before = is_wide(g, units), [-b for b, _ in g.padding]
-    index, number = index_type(wide), _index_dtype(g, units).type
-    numbers = (x.of_pixel, *g.input_size, *g.output_size, *before, *g.stride)
-    total = g.batch * math.prod(g.output_size)
-    return Step(
-        gemm_kernels.tabulate_pixels(True, wide), (CPointer(index), index, index, *(int32,) * len(numbers)),
-        (-(-share.entries // THREADS), 1, 1), (THREADS, 1, 1),
-        ("pixels", number(share.entries), number(total), *map(np.int32, numbers)),
-    )  # fmt: skip
+    return gemm_kernels.pixels_step(g, x.of_pixel, share.entries, True, is_wide(g, units))
 
 
 def correlate_step(
@@ -489,7 +430,7 @@ def correlate_step(
     arrays = [x.array, grad.array, ("pixels", CPointer(index_type(wide))), ("partial", CPointer(float32))]
     grid = -(-filters // tile.rows), -(-share.columns * units.chunk // tile.columns), g.groups * share.splits
     made = step(tensor_core_grads.correlate(tile, units, wide), arrays, numbers, wide, grid, (tile.threads,))
-    return _on_tiles(made, tile, tensor_core_grads.buffer_words(tile, units)[1])
+    return on_tiles(made, tile, tensor_core_grads.buffer_words(tile, units)[1])
 
 
 def _add_step(g: ConvGeometry, units: Units, share: Share) -> Step:
@@ -505,4 +446,4 @@ def _add_step(g: ConvGeometry, units: Units, share: Share) -> Step:
         ("x", element.pointer), ("grad_output", element.pointer), ("partial", CPointer(float32)),
         ("out", element.pointer),
     ]  # fmt: skip
-    return step(kernel, arrays, numbers, wide, (-(-elements // THREADS),), (THREADS,))
+    return launch(kernel, arrays, numbers, wide, elements)

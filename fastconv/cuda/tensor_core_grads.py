@@ -19,8 +19,9 @@ import numpy as np
 from . import ptx, toolchain
 from .elements import Element
 from .gemm_kernels import OUTSIDE, inside, split, width
+from .indices import decoder
 from .sums import chained
-from .tensor_core_kernels import Tile, as_they_are, decoder, multiply, warp_place
+from .tensor_core_kernels import Tile, multiply, warp_place
 from .tensor_core_units import Units
 
 cuda = toolchain.import_cuda()
@@ -42,81 +43,44 @@ def swizzle(chunks: int, words: bool) -> Any:
     return place
 
 
+def _copy(words, count, planes, at):
+    for i in range(count):
+        planes[at + i] = words[i]
+
+
 def loaders(tile: Tile, units: Units) -> tuple[Any, Any]:
     """Return what loads fragments of tiles that are [pixel][line], see `multiply`."""
     planes, of_columns, depth = units.planes, tile.warp[1] // 4, tile.chunks * units.chunk
     row_pitch, column_pitch = (4 * lines // units.chunk for lines in (tile.rows, tile.columns))
     row_plane, column_plane = depth * row_pitch, depth * column_pitch
-    splits, to_planes = units.split is not None, units.split or as_they_are
+    put = units.split or _copy
 
-    def load_rows(a, tiles, at, step, i):
+    def load_rows(a, to, tiles, at, step, i):
         at = (at ^ int32(8 * i)) + step * (16 * row_pitch)
         for p in range(planes):
-            ptx.ldmatrix_x4_trans(a, 4 * p, tiles, at + p * row_plane)
+            ptx.ldmatrix_x4_trans(a, to + 4 * p, tiles, at + p * row_plane)
 
-    def load_columns(b, tiles, at, step):
+    def load_columns(b, to, tiles, at, step):
         for q in range(planes):
             for j in range(of_columns // 4):
-                to = (at ^ int32(8 * j)) + (step * 16 * column_pitch + q * column_plane)
-                ptx.ldmatrix_x4_trans(b, of_columns * q + 4 * j, tiles, to)
+                from_ = (at ^ int32(8 * j)) + (step * 16 * column_pitch + q * column_plane)
+                ptx.ldmatrix_x4_trans(b, to + of_columns * q + 4 * j, tiles, from_)
 
-    def load_row_words(a, tiles, at, step, i):
+    def load_row_words(a, to, tiles, at, step, i):
         raw = cuda.local.array(4, uint32)
         for h in range(2):
-            to = (at ^ int32(16 * i + 8 * h)) + step * (8 * row_pitch)
-            raw[h], raw[2 + h] = tiles[to], tiles[to + 4 * row_pitch]
-        if splits:
-            to_planes(raw, 4, a)
-        else:
-            for r in range(4):
-                a[r] = raw[r]
+            from_ = (at ^ int32(16 * i + 8 * h)) + step * (8 * row_pitch)
+            raw[h], raw[2 + h] = tiles[from_], tiles[from_ + 4 * row_pitch]
+        put(raw, 4, a, to)
 
-    def load_column_words(b, tiles, at, step):
+    def load_column_words(b, to, tiles, at, step):
         raw = cuda.local.array(of_columns, uint32)
         for j in range(of_columns // 2):
-            to = (at ^ int32(8 * j)) + step * (8 * column_pitch)
-            raw[2 * j], raw[2 * j + 1] = tiles[to], tiles[to + 4 * column_pitch]
-        if splits:
-            to_planes(raw, of_columns, b)
-        else:
-            for r in range(of_columns):
-                b[r] = raw[r]
+            from_ = (at ^ int32(8 * j)) + step * (8 * column_pitch)
+            raw[2 * j], raw[2 * j + 1] = tiles[from_], tiles[from_ + 4 * column_pitch]
+        put(raw, of_columns, b, to)
 
     return (load_rows, load_columns) if units.chunk == 8 else (load_row_words, load_column_words)
-
-
-def pairs(tile: Tile, units: Units, load_rows: Any, load_columns: Any) -> Any:
-    """Return what `multiply` does for numbers that are split, with half the additions outside of tensor cores.
-
-    Two steps are summed there, of 16 products together as in one of bfloat16. Chunks are a multiple of 4.
-    """
-    planes, mma, steps, (rows, columns) = units.planes, units.mma, tile.chunks // 2, tile.warp
-    down, across, of_columns = rows // 16, columns // 8, columns // 4
-    rows_size, columns_size, part_size = 4 * planes, of_columns * planes, 4 * across
-
-    def product(sums, tiles, rows_at, columns_at):
-        a, further_a = cuda.local.array(rows_size, uint32), cuda.local.array(rows_size, uint32)
-        b, further_b = cuda.local.array(columns_size, uint32), cuda.local.array(columns_size, uint32)
-        part = cuda.local.array(part_size, float32)
-        for pair in range(steps // 2):
-            load_columns(b, tiles, columns_at, 2 * pair)
-            load_columns(further_b, tiles, columns_at, 2 * pair + 1)
-            for i in range(down):
-                load_rows(a, tiles, rows_at, 2 * pair, i)
-                load_rows(further_a, tiles, rows_at, 2 * pair + 1, i)
-                for s in range(part_size):
-                    part[s] = float32(0)
-                # The smallest products first.
-                for level in range(planes):
-                    for p in range(planes - level):
-                        q = planes - 1 - level - p
-                        for j in range(across):
-                            mma(part, 4 * j, a, 4 * p, b, of_columns * q + 2 * j)
-                            mma(part, 4 * j, further_a, 4 * p, further_b, of_columns * q + 2 * j)
-                for s in range(part_size):
-                    sums[i * part_size + s] += part[s]
-
-    return product
 
 
 def lane_places(tile: Tile, units: Units) -> Any:
@@ -162,7 +126,8 @@ def correlate(tile: Tile, units: Units, wide: bool) -> Any:
     index, _, entry_at = width(wide)
     row_place, column_place = swizzle(row_chunks, words), swizzle(column_chunks, words)
     warp_of, lanes_of = warp_place(tile), lane_places(tile, units)
-    product = (pairs if units.split and tile.chunks % 4 == 0 else multiply)(tile, units, *loaders(tile, units))
+    # Of numbers that are split, two steps are as many products as one of bfloat16: half the additions outside.
+    product = multiply(tile, units, *loaders(tile, units), 2 if units.split and tile.chunks % 4 == 0 else 1)
 
     def fetch_rows(tiles, at, grad, first, total, has_filters, grad_at, grad_step, grad_plane, row_pixel):
         for j in range(depth // rows_at_once):

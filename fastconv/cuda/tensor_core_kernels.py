@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from . import ptx, toolchain
 from .elements import Element
 from .epilogue import activate
-from .gemm_kernels import OUTSIDE, inside, split, width
+from .gemm_kernels import inside, pixel_tables, split, width
+from .lanes import storer
 from .tensor_core_units import Units
 
 cuda = toolchain.import_cuda()
@@ -103,19 +104,6 @@ def as_they_are(place):
     return place
 
 
-def decoder(wide: bool) -> Any:
-    """Return the function of (number, O, P, Q) that tells image and place of a pixel."""
-    _, divided, _ = width(wide)
-
-    def decode(number, O, P, Q):
-        rest, q = divided(number, Q)
-        rest, p = divided(rest, P)
-        n, o = divided(rest, O)
-        return n, o, p, q
-
-    return decode
-
-
 def warp_place(tile: Tile) -> Any:
     """Return first row and column of a warp's results."""
     (rows, columns), across = tile.warp, tile.warps_across
@@ -140,26 +128,30 @@ def block_of(index: Any) -> Any:
 # --- the product of two tiles ----------------------------------------------------------------------------------
 
 
-def multiply(tile: Tile, units: Units, load_rows: Any, load_columns: Any) -> Any:
+def multiply(tile: Tile, units: Units, load_rows: Any, load_columns: Any, together: int = 1) -> Any:
     """Return the product of two tiles in shared memory, added to sums in registers.
 
-    `load_rows` and `load_columns` fill the fragments of all planes: of 16 rows, and of all columns of a warp. Places
-    are those of the lane, within its warp's part of the tiles.
+    `load_rows` and `load_columns` fill the fragments of all planes, from a register on: of 16 rows, and of all columns
+    of a warp. Places are those of the lane, within its warp's part of the tiles. Of planes, so many steps of depth are
+    summed `together` on tensor cores before they are added to the sums.
     """
     (warp_rows, warp_columns), steps, planes, mma = tile.warp, tile.chunks // 2, units.planes, units.mma
     down, across = warp_rows // 16, warp_columns // 8
     # Registers of a fragment, of all planes, and of a product.
     of_row, of_columns, apart = 4, 2 * across, planes > 1
-    rows_size, columns_size, part_size = of_row * planes, of_columns * planes, 4 * across
+    row_size, column_size, part_size = of_row * planes, of_columns * planes, 4 * across
+    rows_size, columns_size = together * row_size, together * column_size
 
     def product(sums, tiles, rows_at, columns_at):
         a = cuda.local.array(rows_size, uint32)
         b = cuda.local.array(columns_size, uint32)
         part = cuda.local.array(part_size, float32)
-        for step in range(steps):
-            load_columns(b, tiles, columns_at, step)
+        for turn in range(steps // together):
+            for step in range(together):
+                load_columns(b, step * column_size, tiles, columns_at, turn * together + step)
             for i in range(down):
-                load_rows(a, tiles, rows_at, step, i)
+                for step in range(together):
+                    load_rows(a, step * row_size, tiles, rows_at, turn * together + step, i)
                 if not apart:
                     for j in range(across):
                         mma(sums, i * part_size + 4 * j, a, 0, b, 2 * j)
@@ -169,8 +161,11 @@ def multiply(tile: Tile, units: Units, load_rows: Any, load_columns: Any) -> Any
                     # The smallest products first.
                     for level in range(planes):
                         for p in range(planes - level):
+                            q = planes - 1 - level - p
                             for j in range(across):
-                                mma(part, 4 * j, a, of_row * p, b, of_columns * (planes - 1 - level - p) + 2 * j)
+                                for step in range(together):
+                                    a_at, b_at = step * row_size + of_row * p, step * column_size + of_columns * q
+                                    mma(part, 4 * j, a, a_at, b, b_at + 2 * j)
                     for s in range(part_size):
                         sums[i * part_size + s] += part[s]
 
@@ -184,27 +179,27 @@ def loaders(tile: Tile, units: Units, pixels_are_rows: bool) -> tuple[Any, Any]:
     split_rows, split_columns = (units.split is not None and is_ for is_ in (pixels_are_rows, not pixels_are_rows))
     to_planes = units.split or as_they_are
 
-    def load_rows(a, tiles, at, step, i):
+    def load_rows(a, to, tiles, at, step, i):
         at = (at ^ int32(8 * step)) + i * (16 * pitch)
         if split_rows:
             raw = cuda.local.array(4, uint32)
             ptx.ldmatrix_x4(raw, 0, tiles, at)
-            to_planes(raw, 4, a)
+            to_planes(raw, 4, a, to)
         else:
             for p in range(planes):
-                ptx.ldmatrix_x4(a, 4 * p, tiles, at + p * row_plane)
+                ptx.ldmatrix_x4(a, to + 4 * p, tiles, at + p * row_plane)
 
-    def load_columns(b, tiles, at, step):
+    def load_columns(b, to, tiles, at, step):
         at = at ^ int32(8 * step)
         if split_columns:
             raw = cuda.local.array(of_columns, uint32)
             for j in range(of_columns // 4):
                 ptx.ldmatrix_x4(raw, 4 * j, tiles, at + j * (16 * pitch))
-            to_planes(raw, of_columns, b)
+            to_planes(raw, of_columns, b, to)
         else:
             for q in range(planes):
                 for j in range(of_columns // 4):
-                    ptx.ldmatrix_x4(b, of_columns * q + 4 * j, tiles, at + (q * column_plane + j * (16 * pitch)))
+                    ptx.ldmatrix_x4(b, to + of_columns * q + 4 * j, tiles, at + (q * column_plane + j * (16 * pitch)))
 
     return load_rows, load_columns
 
@@ -275,24 +270,6 @@ def lane_places(tile: Tile) -> Any:
 # --- forward and input gradient --------------------------------------------------------------------------------
 
 
-def store(together: int) -> Any:
-    """Return how so many neighbours are written with one access."""
-
-    def store1(out, at, v):
-        out[at] = v[0]
-
-    def store2(out, at, v):
-        ptx.store2(out, at, (v[0], v[1]))
-
-    def store4(out, at, v):
-        ptx.store4(out, at, (v[0], v[1], v[2], v[3]))
-
-    def store8(out, at, v):
-        ptx.store8(out, at, (v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]))
-
-    return {1: store1, 2: store2, 4: store4, 8: store8}[together]
-
-
 def buffer_words(tile: Tile, units: Units, channels_last: bool) -> tuple[int, int]:
     """Return the words of a buffer's tile of rows, and of the whole buffer."""
     pitch, both = 4 * tile.chunks, (units.pixel_planes, units.planes)
@@ -331,17 +308,17 @@ def gather(
     sums_size = sums_of_thread * (2 if tile.warpgroups and units.planes > 1 else 1)
     index, _, entry_at = width(wide)
     place, order = swizzle(chunks), as_they_are if channels_last else in_order(tile, element)
-    decode, warp_of = decoder(wide), warp_place(tile)
+    tabulate, warp_of = pixel_tables(pixels_of_tile, threads, True, channels_last, wide), warp_place(tile)
     lanes_of, alignment, arrived = lane_places(tile), 128, _no_fence
     begin, end = _nothing, multiply(tile, units, *loaders(tile, units, channels_last))
     if tile.warpgroups:
         lanes_of, alignment, arrived = warpgroup_places(tile), 1024, ptx.fence_async
         begin, end = warpgroup_product(tile, units)
     bias_last, bias_first, block_number = bias_ and channels_last, bias_ and not channels_last, block_of(index)
-    stored, widen, narrow = element.stored, element.widen, element.narrow
+    widen = element.widen
     side_by_side = neighbours(tile, element)
     together = min(together, side_by_side)
-    put, last = store(together), side_by_side - 1
+    put, last = storer(element, together), side_by_side - 1
 
     def fetch(tiles, at, x, packed, weight, places, offset, d, h, w, pixel_to, line_to, plane, D, H, W):
         pixel_to, line_to = int32(at + pixel_to), int32(at + line_to)
@@ -357,7 +334,7 @@ def gather(
 
     def write(out, bias, sums, targets, first_line, first_bias, real_lines, target_plane, row, column):
         """Write a thread's results; return whether one of them is not finite."""
-        values, shifts = cuda.local.array(together, stored), cuda.local.array(of_thread, float32)
+        values, shifts = cuda.local.array(together, float32), cuda.local.array(of_thread, float32)
         bad = int32(0)
         for c in range(of_thread):
             line = int32(first_line + column + ((c & ~last) * 4 + (c & last)))
@@ -379,8 +356,8 @@ def gather(
                             lost = float32(value - value)
                             if lost != lost:
                                 bad = int32(1)
-                            values[e] = narrow(activate(float32(value + lost), code))
-                        put(out, index(target + (line if channels_last else line * target_plane)), values)
+                            values[e] = activate(float32(value + lost), code)
+                        put(out, index(target + (line if channels_last else line * target_plane)), values, 0)
         return bad
 
     def kernel(
@@ -392,24 +369,9 @@ def gather(
         targets = ptx.pointer_to(cuda.shared.array(pixels_of_tile, index, alignment=16))
         thread, group = int32(cuda.threadIdx.x), int32(cuda.blockIdx.z)
         target_plane = index(index(OD) * OH * OW)
-        first_pixel = index(index(cuda.blockIdx.x) * index(pixels_of_tile))
         first_line = int32(int32(cuda.blockIdx.y) * int32(lines_of_tile))
-        for at in range(thread, pixels_of_tile, threads):
-            number = index(first_pixel + at)
-            n, o, p, q = decode(number, O, P, Q)
-            d, h, w = index(d_first + o * d_step), index(h_first + p * h_step), index(w_first + q * w_step)
-            od, oh, ow = od_first + o * od_step, oh_first + p * oh_step, ow_first + q * ow_step
-            target = index((index(od) * OH + oh) * OW + ow)
-            if channels_last:
-                target = index((n * target_plane + target) * K + group * real_lines)
-            else:
-                target = index((n * K + group * real_lines) * target_plane + target)
-            exists = number < total
-            entry = int32(int32(at) * int32(4))
-            pixels[entry] = index((((n * D + d) * H + h) * W + w) * C + group * inner)
-            pixels[int32(entry + 1)] = d if exists else index(OUTSIDE)
-            pixels[int32(entry + 2)], pixels[int32(entry + 3)] = h, w
-            targets[int32(at)] = target if exists else index(-1)
+        tabulate(pixels, targets, total, real_lines, inner, C, D, H, W, K, OD, OH, OW, O, P, Q, d_first, h_first,
+                 w_first, d_step, h_step, w_step, od_first, oh_first, ow_first, od_step, oh_step, ow_step)  # fmt: skip
         cuda.syncthreads()
         # What the thread copies: a chunk of some pixels, and of the packed weight what follows.
         position, chunk = split(thread, chunks)

@@ -17,7 +17,8 @@ from . import ptx, toolchain
 from .elements import Element
 from .epilogue import activate
 from .gemm_kernels import OUTSIDE, inside, width
-from .tensor_core_kernels import Tile, as_they_are, block_of, decoder, in_order, swizzle, warp_place
+from .indices import decoder
+from .tensor_core_kernels import Tile, as_they_are, block_of, in_order, swizzle, warp_place
 from .tensor_core_units import Units
 
 cuda = toolchain.import_cuda()

@@ -59,7 +59,7 @@ class Units(NamedTuple):
     encode, encode_pixels : function
         Of (values, words): a chunk of float32 numbers to 4 words for each plane, of the weight and of pixels.
     split : function or None
-        Of (words, count, to): makes planes of words in registers.
+        Of (words, count, planes, at): makes planes of words in registers, from register `at` on.
     plain : bool
         Whether pixels are multiplied, or split, as they lie in memory.
     rate : str
@@ -125,10 +125,10 @@ def _encode_bits(values, words):
         words[i] = float_bits(values[i])
 
 
-def _split_tf32(words, count, to):
+def _split_tf32(words, count, planes, at):
     for i in range(count):
-        to[i] = words[i]
-        to[count + i] = float_bits(float32(bits_float(words[i]) - bits_float(uint32(words[i] & uint32(0xFFFFE000)))))
+        rest = float32(bits_float(words[i]) - bits_float(uint32(words[i] & uint32(0xFFFFE000))))
+        planes[at + i], planes[at + count + i] = words[i], float_bits(rest)
 
 
 def _bfloat16_units(planes: int, plain: bool = False) -> Units:

@@ -28,12 +28,13 @@ from ..geometry import ConvGeometry
 from ..minimal_filtering import Problem, filtering, problem, transposed
 from ..registry import Buffer
 from . import roofline, toolchain, winograd_kernels
-from .architecture import Architecture
+from .architecture import MOST_BLOCKS, Architecture
 from .elements import Element
 from .epilogue import CODES
-from .gemm_kernels import Tile
-from .indices import needs_wide, step
+from .gemm_kernels import Tile, on_tiles
+from .indices import image_strides, launch, needs_wide, round_up, step
 from .steps import Step
+from .sums import parts_of_tiles
 from .winograd_kernels import PLAIN, Planes
 
 toolchain.import_cuda()
@@ -47,10 +48,6 @@ CHAINS = {2: 256, 4: 64}
 TILE_CHAINS = {2: 128, 4: 32}
 # Bytes of workspace in all, unless one tile of the product needs more, and of them those of parts of sums.
 MOST_BYTES, MOST_PARTS_BYTES = 64 << 20, 16 << 20
-# Threads of a block of a transform.
-THREADS = 128
-# The most blocks of a grid's third dimension; blocks that fill a GPU, and the least steps that are worth one.
-MOST_BLOCKS, ENOUGH_BLOCKS, LEAST_STEPS = 65535, 264, 8
 # Share of the peak that products reach; not measured.
 SHARE = 0.7
 
@@ -156,22 +153,17 @@ def _sizes(g: ConvGeometry, direction: str, m: int, limit: int, tile: Any) -> Si
     if tile is None:
         tile = WIDE if p.targets > 64 else NARROW if (p.depth if backward else p.tile_count) > 64 else SMALL
     rows, inner = (tile.depth, tile.rows) if backward else (tile.rows, tile.depth)
-    depth, targets = _up(p.depth, inner), _up(p.targets, tile.columns)
+    depth, targets = round_up(p.depth, inner), round_up(p.targets, tile.columns)
     matrices, parts = (m + 2) ** 2 * g.groups, 1
     # Bytes of U or a part of the sums, and of a row of V and M.
     product, row = 4 * matrices * depth * targets, 4 * matrices * (depth + targets)
     if backward:
         blocks = depth // tile.rows * (targets // tile.columns) * matrices
         room = min(MOST_PARTS_BYTES, limit - rows * row) // product
-        wanted = min(-(-ENOUGH_BLOCKS // blocks), p.tile_count // (LEAST_STEPS * tile.depth))
-        parts = max(min(wanted, room, MOST_BLOCKS // matrices), 1)
+        parts = parts_of_tiles(p.tile_count // tile.depth, blocks, matrices, room)
     room = (limit - parts * product) // row
     slices = -(-p.tile_count // max(room // rows * rows, rows))
-    return Sizes(p, tile, _up(-(-p.tile_count // slices), rows), depth, targets, parts)
-
-
-def _up(count: int, to: int) -> int:
-    return -(-count // to) * to
+    return Sizes(p, tile, round_up(-(-p.tile_count // slices), rows), depth, targets, parts)
 
 
 class Launches:
@@ -181,7 +173,7 @@ class Launches:
         self.g, self.m, self.sizes, self.problem, self.planes = g, m, sizes, sizes.problem, planes
         self.element = Element.of(g.dtype)
         self.matrices, self.t2 = filtering(m), (m + 2) ** 2
-        self.asynchronous = Architecture.named(architecture).capability >= 80
+        self.asynchronous = Architecture.named(architecture).copies_asynchronously
         self.last = g.data_format == "channels_last"
         s, many = sizes, self.t2 * g.groups
         self.wide = needs_wide(
@@ -213,7 +205,7 @@ class Launches:
         """Some tiles from `first` on: V, M and the output."""
         p, s = self.problem, self.sizes
         count = min(s.tiles, p.tile_count - first)
-        rows = _up(count, s.tile.rows)
+        rows = round_up(count, s.tile.rows)
         source = "grad_output" if p.reversed else "x"
         return [
             self._image(source, "V", first, count, s.depth),
@@ -224,7 +216,7 @@ class Launches:
     def gradient_of_slice(self, first: int) -> list[Step]:
         """What some tiles from `first` on add to the sums."""
         p, s = self.problem, self.sizes
-        count = _up(min(s.tiles, p.tile_count - first), s.tile.depth)
+        count = round_up(min(s.tiles, p.tile_count - first), s.tile.depth)
         return [
             self._image("x", "V", first, count, p.depth),
             self._image("grad_output", "Y", first, count, p.targets),
@@ -259,7 +251,7 @@ class Launches:
         total = g.groups * count * low * high
         numbers = (
             total, low, count, high, first, p.tile_count, inner, math.prod(blocks) * inner, *self._steps_of_tiles(row),
-            self.t2 * g.groups * s.tiles * row, *self._strides(channels, size), *size, *p.tiles, p.size[0],
+            self.t2 * g.groups * s.tiles * row, *image_strides(channels, size, self.last), *size, *p.tiles, p.size[0],
             *blocks[1:], *p.dilation, *low_at,
         )  # fmt: skip
         kernel = winograd_kernels.transform_image(name, matrix, self.m, lanes, self.element, self.planes, self.wide)
@@ -272,7 +264,7 @@ class Launches:
         total = g.groups * count * low * high
         numbers = (
             total, low, count, high, first, p.targets, *self._steps_of_tiles(s.targets),
-            *self._strides(g.groups * p.targets, p.size), *p.size[1:], *p.tiles, p.size[0], *p.dilation[1:],
+            *image_strides(g.groups * p.targets, p.size, self.last), *p.size[1:], *p.tiles, p.size[0], *p.dilation[1:],
         )  # fmt: skip
         across = not self.last and p.size[2] % self.m == 0 and p.dilation[2] == 1
         kernel = winograd_kernels.transform_output(
@@ -293,8 +285,7 @@ class Launches:
         kernel = winograd_kernels.batched_product(tile, rows_first, chain, self.asynchronous, self.wide)
         grid = (row_tiles, s.targets // tile.columns, count * parts)
         made = step(kernel, self._arrays(a, b, c), numbers, self.wide, grid, (tile.threads,))
-        shared = tile.stages * (tile.rows + tile.columns) * tile.depth * 4
-        return made._replace(shared_bytes=shared, launch_bounds=(tile.threads, tile.blocks))
+        return on_tiles(made, tile, (tile.rows + tile.columns) * tile.depth)
 
     def _order(self, extent: int) -> tuple[int, int]:
         """Return how many channels follow each other before the next tile, and how often."""
@@ -308,13 +299,8 @@ class Launches:
         """Return those of V, M and Y."""
         return self._steps(self.sizes.tiles, columns)
 
-    def _strides(self, channels: int, size: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return the elements from one image to the next, from a channel and from a pixel."""
-        plane = math.prod(size)
-        return (channels * plane, 1, channels) if self.last else (channels * plane, plane, 1)
-
     def _step(self, kernel: Any, names: tuple[str, ...], numbers: tuple[int, ...], total: int) -> Step:
-        return step(kernel, self._arrays(*names), numbers, self.wide, (-(-total // THREADS),), (THREADS,))
+        return launch(kernel, self._arrays(*names), numbers, self.wide, total)
 
     def _arrays(self, *names: str) -> list[tuple[str, Any]]:
         """Return arrays with their types: workspace is float32, or planes, the others are what is convolved."""

@@ -30,11 +30,13 @@ from .architecture import Architecture
 from .blocking import phases
 from .elements import Element
 from .epilogue import CODES
+from .indices import round_up
 from .steps import Step, renamed
+from .sums import parts_of_tiles
 from .tensor_core import Pixels, Places, Share, product_buffers
 from .tensor_core_kernels import Tile
 from .tensor_core_units import BFLOAT16_PLANES, TF32_PLANES, Units
-from .winograd import ENOUGH_BLOCKS, LEAST_STEPS, MOST_BLOCKS, MOST_PARTS_BYTES, Launches, Planes, Sizes, Winograd
+from .winograd import MOST_PARTS_BYTES, Launches, Planes, Sizes, Winograd
 
 # Bytes of V and M, or of V, Y and parts of sums, unless one tile of the product needs more: about what a cache holds.
 SLICE_BYTES = 64 << 20
@@ -108,7 +110,7 @@ F4_BF16X6, F4_TF32 = TensorCoreWinograd(4, BFLOAT16_PLANES[3], 1152), TensorCore
 def _sizes(g: ConvGeometry, direction: str, m: int, units: Units, limit: int, tile: Any) -> Sizes:
     """Return as many tiles at a time as the limit has room for, all the same number of them."""
     p, backward, matrices = problem(g, direction, m), direction == "weight_grad", (m + 2) ** 2 * g.groups
-    depth, targets = _up(p.depth, 8), _up(p.targets, 8)
+    depth, targets = round_up(p.depth, 8), round_up(p.targets, 8)
     if backward:
         tile = tile or tensor_core.grad_tile(units, depth)
     whole = tile.chunks * units.chunk if backward else (tile or tensor_core.tile_for(units, targets, True)).rows
@@ -120,17 +122,12 @@ def _sizes(g: ConvGeometry, direction: str, m: int, units: Units, limit: int, ti
     limit = min(limit, least + SLICE_BYTES)
     if backward:
         blocks = -(-depth // tile.rows) * -(-targets // tile.columns) * matrices
-        wanted = min(-(-ENOUGH_BLOCKS // blocks), p.tile_count // (LEAST_STEPS * whole))
         room = (min(MOST_PARTS_BYTES, limit - least) + product) // product
-        parts = max(min(wanted, room, MOST_BLOCKS // matrices), 1)
+        parts = parts_of_tiles(p.tile_count // whole, blocks, matrices, room)
         most = parts * CHAINS[m]
     room = (limit - least - (parts - 1) * product) // (nbytes(2 * whole) - least) + 1
     slices = max(-(-p.tile_count // max(room * whole, whole)), -(-p.tile_count // most))
-    return Sizes(p, tile, _up(-(-p.tile_count // slices), whole), depth, targets, parts)
-
-
-def _up(count: int, to: int) -> int:
-    return -(-count // to) * to
+    return Sizes(p, tile, round_up(-(-p.tile_count // slices), whole), depth, targets, parts)
 
 
 def _dtype(units: Units) -> np.dtype:

@@ -166,7 +166,8 @@ def max_poolNd_backward(
     Raises
     ------
     ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
-        ArgumentError too if an index is outside the plane.
+        ArgumentError too if an index is outside the plane; on a GPU, where no call waits to see that, it counts for
+        nothing.
 
     Examples
     --------
@@ -256,7 +257,8 @@ def max_unpoolNd(
     Raises
     ------
     ShapeError, ArgumentError (ValueError); DTypeError, ArgumentTypeError (TypeError)
-        ArgumentError too if an index is outside the output.
+        ArgumentError too if an index is outside the output; on a GPU, where no call waits to see that, it counts for
+        nothing.
 
     Notes
     -----

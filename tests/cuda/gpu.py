@@ -11,6 +11,7 @@ import numpy as np
 from numba.cuda import types
 from numba.cuda.np import numpy_support
 
+from fastconv.arrays import NumpyArrays
 from fastconv.cuda.compile import CompiledKernel
 from fastconv.cuda.emulator import emulate
 
@@ -21,7 +22,7 @@ class ndarray:
     def __init__(self, host: np.ndarray) -> None:
         self.host = host
         self.device = SimpleNamespace(id=0)
-        self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0])
+        self.data = SimpleNamespace(ptr=host.__array_interface__["data"][0], device_id=0)
 
     shape = property(lambda self: self.host.shape)
     ndim = property(lambda self: self.host.ndim)
@@ -104,7 +105,7 @@ class Cupy:
     def matmul(self, a: ndarray, b: ndarray, out: ndarray) -> None:
         # CuPy copies what is not contiguous.
         assert all(array.host.flags.c_contiguous and array.ndim == 3 for array in (a, b, out))
-        np.matmul(a.host, b.host, out=out.host)
+        NumpyArrays.matmul(a.host, b.host, out.host)
 
     def _rfftn(self, a: ndarray, s: Any = None, axes: Any = None) -> ndarray:
         return self.asarray(np.fft.rfftn(a.host, s, axes))
@@ -193,7 +194,7 @@ class Driver:
     def elapsed(self, first: int, last: int) -> float:
         return 1e-3 * (last - first)
 
-    def launch(self, stream: int, configuration: Any, kernel: Any, arguments: Any) -> None:
+    def launch(self, stream: int, configuration: Any, kernel: Any, *arguments: Any) -> None:
         (function, signature, launch_bounds), (grid, block, shared_bytes) = kernel, configuration
         self.launches.append((function.__name__, stream))
         given = [

@@ -1,9 +1,10 @@
 """The tests of kernels on a GPU: what they would emulate is compiled, launched and read back instead.
 
 FASTCONV_TEST_GPU=1 puts this module in the emulator's place, so that the same tests run on the device. With
-FASTCONV_TEST_GPU=emulated they take the same way to a driver that emulates: a dry run, which leaves the machine code of
-every kernel in FASTCONV_PREBUILT. `benchmarks/gpu_check.py` reads what FASTCONV_TEST_GPU_REPORT names, a line of JSON
-for each test, as it grows.
+FASTCONV_TEST_GPU=emulated they take the same way to a driver that emulates. With FASTCONV_TEST_GPU=compiled nothing is
+launched or compared: that leaves the machine code of every kernel in FASTCONV_PREBUILT, if Python leaves out
+assertions. `benchmarks/gpu_check.py` reads what FASTCONV_TEST_GPU_REPORT names, a line of JSON for each test, as it
+grows.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ import pytest
 from numba.cuda import types
 from numba.cuda.np import numpy_support
 
-from fastconv.cuda import launch
+from fastconv import testing
+from fastconv.cuda import faults, launch
 from fastconv.cuda.compile import compile_kernel
+from fastconv.errors import MissingDependencyError
 
 MODE = os.environ.get("FASTCONV_TEST_GPU", "")
-# The architecture that a dry run compiles for.
+# The architecture that is compiled for where there is no GPU.
 ARCHITECTURE = os.environ.get("FASTCONV_TEST_ARCHITECTURE", "sm_90a")
 # Tests of the tools: mistakes planted on purpose, machine code, a driver that is none.
 NOT_FOR_GPUS = ["test_compare.py", "test_cubins.py", "test_emulator.py", "test_launch.py", "test_limits.py"]
-# Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run.
-_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass"}
-# Seconds after which a kernel of a test is taken for one that never ends.
-PATIENCE = 20.0
+# Tests that use one of these look at machine code, which needs no GPU, or launch what a GPU must not run: mistakes.
+_MISTAKES = {name for name, value in vars(faults).items() if isinstance(value, type)}
+_NOT_LAUNCHING = {"budget", "compile_kernel", "compiled", "explain", "faults", "sass", *_MISTAKES}
+# Seconds after which a small kernel is taken for one that never ends.
+PATIENCE = 10.0
 # Exit status of a process that can launch nothing any more.
 LOST = 70
 
@@ -51,6 +55,8 @@ class Gpu:
     ) -> None:
         """Compile and launch a kernel on NumPy arrays, the first of its arguments, which are written in place."""
         code = compile_kernel(kernel, signature, self.architecture, launch_bounds)
+        if MODE == "compiled":
+            return
         if MODE == "emulated":
             self._driver.functions[code.entry] = kernel, signature, launch_bounds
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
@@ -90,12 +96,10 @@ class Gpu:
                 array[...] = found
 
     def _wait(self, name: str) -> None:
-        limit = time.monotonic() + PATIENCE
-        (status,) = self._cuda.cuStreamQuery(0)
-        while status.name == "CUDA_ERROR_NOT_READY":
-            if time.monotonic() > limit:
-                lost(f"{name} has not ended after {PATIENCE:.0f} s")
-            (status,) = self._cuda.cuStreamQuery(0)
+        try:
+            status = finished(self._cuda)
+        except Endless as error:
+            lost(f"{name}: {error}")
         if int(status):
             # What the device has faulted in stays so for the life of the process.
             lost(f"{name}: {status.name}")
@@ -112,6 +116,21 @@ def _triple(sizes: Any) -> tuple[int, ...]:
     return (*(map(int, sizes) if isinstance(sizes, (tuple, list)) else (int(sizes),)), 1, 1)[:3]
 
 
+class Endless(Exception):
+    """A kernel has not ended in time."""
+
+
+def finished(bindings: Any) -> Any:
+    """Return the status of the default stream once it has nothing left to do."""
+    limit = time.monotonic() + PATIENCE
+    (status,) = bindings.cuStreamQuery(0)
+    while status.name == "CUDA_ERROR_NOT_READY":
+        if time.monotonic() > limit:
+            raise Endless(f"not ended after {PATIENCE:.0f} s")
+        (status,) = bindings.cuStreamQuery(0)
+    return status
+
+
 class Unseen:
     """What a launch did to memory, which a GPU does not tell."""
 
@@ -125,7 +144,11 @@ def emulate(
 ) -> Unseen:  # fmt: skip
     """Stand for `fastconv.cuda.emulator.emulate`; the GPU has an architecture and an order of threads of its own."""
     kernel = getattr(kernel, "py_func", kernel)
-    gpu().run(kernel, grid, block, arguments, shared_bytes, signature or [*map(_type, arguments)], launch_bounds)
+    signature = signature or [*map(_type, arguments)]
+    try:
+        gpu().run(kernel, grid, block, arguments, shared_bytes, signature, launch_bounds)
+    except MissingDependencyError as error:
+        pytest.skip(f"{kernel.__name__} has not been built beforehand: {error}")
     return Unseen()
 
 
@@ -156,6 +179,9 @@ def gpu() -> Gpu:
 def take_over() -> None:
     """Put this module in the emulator's place, before anything has imported that."""
     assert "fastconv.cuda.emulator" not in sys.modules
+    if MODE == "compiled":
+        _gpus.append(Gpu(None, None, ARCHITECTURE))
+        testing.assert_close = lambda *arguments, **how: None
     if MODE == "emulated":
         import gpu as stand_ins
 
@@ -199,13 +225,15 @@ def write(**line: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def reported() -> set[str]:
-    """Return what the report had when this process first looked."""
-    found, path = set(), Path(os.environ.get("FASTCONV_TEST_GPU_REPORT", os.devnull))
+def reported() -> dict[str, str]:
+    """Return what the report had when this process first looked: the status of each thing that was done."""
+    found, path = {}, Path(os.environ.get("FASTCONV_TEST_GPU_REPORT", os.devnull))
     for text in path.read_text().splitlines() if path.exists() else ():
         # The last line of a process that was ended may be a part of one.
         with contextlib.suppress(json.JSONDecodeError):
-            found.add(json.loads(text).get("key"))
+            line = json.loads(text)
+            if "key" in line:
+                found[line["key"]] = line.get("status", "")
     return found
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import emulate_conv, small_cases
+from cases import FORMATS, drawn_case, emulate_conv, expected, small_cases
+from emulation import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DIRECTIONS, ConvProblem, conv_problem, normal, whole
@@ -15,16 +16,11 @@ import fastconv
 from fastconv import reference, registry
 from fastconv.cuda import direct, direct_taps, run, sums
 from fastconv.cuda.architecture import TESTED
-from fastconv.cuda.compile import budget, compile_kernel
+from fastconv.cuda.compile import budget
 from fastconv.testing import ConvCase, assert_close
 
-FORMATS = ("channels_first", "channels_last")
 # Blocks of few threads: what the emulator costs.
 THREADS = 32
-
-
-def expected(problem, direction):
-    return dict(zip(DIRECTIONS, (problem.y, *problem.grads)))[direction]
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -35,7 +31,7 @@ def test_whole_numbers_come_out_exact(case, direction, data_format):
         # A block for every few elements, each for the same few pixels.
         case = replace(case, weight_shape=(case.groups, *case.weight_shape[1:]))
     problem = conv_problem(case, np.float32, whole)
-    got = emulate_conv(direct, problem, direction, data_format, threads=THREADS, bias=direction == "forward")
+    got = emulate_conv(direct, problem, direction, data_format, threads=THREADS)
     assert np.array_equal(got, expected(problem, direction))
 
 
@@ -48,7 +44,7 @@ SMALL = ConvCase("small", (2, 4, 1, 5, 6), (6, 2, 1, 3, 2), (1, 2, 1), (0, 1, 2)
 def test_every_dtype_is_summed_as_it_should_be_with_indices_of_either_width(direction, dtype, wide, monkeypatch):
     monkeypatch.setattr(direct, "needs_wide", lambda geometry: wide)
     problem = conv_problem(SMALL, dtype, normal)
-    got = emulate_conv(direct, problem, direction, "channels_last", threads=THREADS, bias=direction == "forward")
+    got = emulate_conv(direct, problem, direction, "channels_last", threads=THREADS)
     length = problem.lengths[direction]
     assert_close(got, expected(problem, direction), algorithm="direct", reduction_length=length)
 
@@ -65,7 +61,7 @@ def test_bias_and_activation_come_last(direction, activation):
     else:
         plain = problem.y
     wanted = reference._ACTIVATIONS[activation](plain)
-    got = emulate_conv(direct, problem, direction, "channels_first", activation, threads=THREADS)
+    got = emulate_conv(direct, problem, direction, "channels_first", activation, bias=True, threads=THREADS)
     assert_close(got, wanted, algorithm="direct", reduction_length=problem.lengths[direction] + 1)
 
 
@@ -74,8 +70,7 @@ def test_bias_and_activation_come_last(direction, activation):
 def test_the_order_of_threads_does_not_matter(data_format, seed):
     problem = conv_problem(SMALL, np.float32, normal)
     for direction in DIRECTIONS:
-        how = {"threads": 64, "bias": direction == "forward"}
-        first, other = (emulate_conv(direct, problem, direction, data_format, seed=s, **how) for s in (None, seed))
+        first, other = (emulate_conv(direct, problem, direction, data_format, seed=s, threads=64) for s in (None, seed))
         assert np.array_equal(first, other)
 
 
@@ -87,8 +82,7 @@ def test_long_sums_are_chains_and_parts(data_format, monkeypatch):
     g = problem.geometry().lifted(data_format, problem.dtype)
     assert direct.workspace(g, "weight_grad", 1 << 20, THREADS)["parts"].shape[0] > 1
     for direction in DIRECTIONS:
-        how = {"threads": THREADS, "bias": direction == "forward"}
-        got = emulate_conv(direct, problem, direction, data_format, **how)
+        got = emulate_conv(direct, problem, direction, data_format, threads=THREADS)
         assert np.array_equal(got, expected(problem, direction))
 
 
@@ -132,23 +126,10 @@ def test_nan_and_infinity_stay_where_arithmetic_puts_them():
 @settings(max_examples=8)
 @given(st.data())
 def test_any_geometry(data):
-    def size(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups = size(1, 2)
-    kernel, stride, dilation = ([size(1, 3) for _ in range(2)] for _ in range(3))
-    padding = [(size(0, 3), size(0, 3)) for _ in range(2)]
-    window = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
-    image = [max(size(1, 5), w - before - after, 1) for w, (before, after) in zip(window, padding)]
-    channels, filters = size(1, 2), groups * size(1, 2)
-    case = ConvCase(
-        "drawn", (size(1, 2), groups * channels, *image), (filters, channels, *kernel), tuple(stride), tuple(padding),
-        tuple(dilation), groups,
-    )  # fmt: skip
-    problem = conv_problem(case, np.float32, whole)
+    problem = conv_problem(drawn_case(data, 5, 2, 2), np.float32, whole)
     for direction in DIRECTIONS:
         data_format = data.draw(st.sampled_from(FORMATS))
-        got = emulate_conv(direct, problem, direction, data_format, threads=THREADS, bias=direction == "forward")
+        got = emulate_conv(direct, problem, direction, data_format, threads=THREADS)
         assert np.array_equal(got, expected(problem, direction))
 
 
@@ -179,8 +160,7 @@ def test_machine_code_keeps_the_budget(direction, data_format, architecture):
     how = {} if direction == "weight_grad" else {"activation": "relu", "bias": True}
     # The first; the one that adds parts is short.
     step = direct.steps(geometry(data_format), direction, threads=128, **how)[0]
-    made = compile_kernel(step.kernel, step.signature, architecture)
-    assert budget(made, 64, ("LDG.E", "STG.E", "FFMA")) == []
+    assert budget(compiled(step, architecture), 64, ("LDG.E", "STG.E", "FFMA")) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
@@ -189,7 +169,7 @@ def test_machine_code_of_other_dtypes_and_wide_indices_keeps_the_budget(dtype, w
     monkeypatch.setattr(direct, "needs_wide", lambda geometry: wide)
     (step,) = direct.steps(geometry("channels_last", dtype), "input_grad", "relu", True, threads=128)
     expected = {8: ("LDG.E.64", "DFMA"), 2: ("LDG.E.U16", "FFMA")}[np.dtype(dtype).itemsize]
-    faults = budget(compile_kernel(step.kernel, step.signature), 128, expected, double=dtype is np.float64)
+    faults = budget(compiled(step, "sm_90a"), 128, expected, double=dtype is np.float64)
     # Division of 64-bit numbers is a subroutine.
     assert [fault for fault in faults if not (wide and "CALL" in fault)] == []
 
@@ -197,6 +177,6 @@ def test_machine_code_of_other_dtypes_and_wide_indices_keeps_the_budget(dtype, w
 @pytest.mark.parametrize("activation", ["leaky_relu", "sigmoid", "tanh"])
 def test_activations_are_not_in_double_precision(activation):
     (step,) = direct.steps(geometry("channels_first"), "forward", activation, True, threads=128)
-    faults = budget(compile_kernel(step.kernel, step.signature), 64, ("FFMA",))
+    faults = budget(compiled(step, "sm_90a"), 64, ("FFMA",))
     # What the quotient of a sigmoid needs for numbers near the limits of float32.
     assert faults in ([], ["1 CALL"])

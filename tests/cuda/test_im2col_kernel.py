@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from cases import emulate_conv, lifted
+from cases import FORMATS, drawn_case, emulate_conv, expected, layer, lifted
+from emulation import compiled, without_exits
 from hypothesis import given, settings, strategies
 from support import DIRECTIONS, conv_problem, normal, whole
 
@@ -10,24 +11,19 @@ import fastconv
 from fastconv import registry
 from fastconv.arrays import NumpyArrays
 from fastconv.cuda import fft, im2col
-from fastconv.cuda.compile import budget, compile_kernel, sass
+from fastconv.cuda.compile import budget, sass
 from fastconv.cuda.steps import Call, Step
 from fastconv.device_arrays import _TorchOnDevice
 from fastconv.testing import ConvCase, assert_close
 
-FORMATS = ("channels_first", "channels_last")
 MODULES = {"im2col": im2col, "fft": fft}
 BOTH = pytest.mark.parametrize("name", MODULES)
-
-
-def expected(problem, direction):
-    return {"forward": problem.y, "input_grad": problem.grads[0], "weight_grad": problem.grads[1]}[direction]
 
 
 def check(name, case, direction, data_format, dtype="float32", **how):
     """Products of whole numbers are exact, transforms are not."""
     problem = conv_problem(case, np.dtype(dtype), whole if name == "im2col" else normal)
-    got = emulate_conv(MODULES[name], problem, direction, data_format, bias=direction == "forward", **how)
+    got = emulate_conv(MODULES[name], problem, direction, data_format, **how)
     wanted = expected(problem, direction)
     if name == "im2col":
         assert np.array_equal(got, wanted)
@@ -60,13 +56,7 @@ def test_it_agrees_with_the_oracle(name, case, direction, data_format):
 @settings(max_examples=4, deadline=None)
 @given(strategies.data())
 def test_any_convolution(name, data):
-    def draw(low, high):
-        return data.draw(strategies.integers(low, high))
-
-    groups, stride, dilation = draw(1, 2), (draw(1, 3), draw(1, 3)), (draw(1, 2), draw(1, 2))
-    shape = (draw(1, 2), groups * draw(1, 3), draw(3, 6), draw(3, 6))
-    weight = (groups * draw(1, 3), shape[1] // groups, draw(1, 3), draw(1, 3))
-    case = ConvCase("drawn", shape, weight, stride, (draw(1, 3), draw(1, 3)), dilation, groups)
+    case = drawn_case(data, 6, 3, 3, dilation=2)
     direction, data_format = data.draw(strategies.sampled_from(DIRECTIONS)), data.draw(strategies.sampled_from(FORMATS))
     check(name, case, direction, data_format)
 
@@ -124,12 +114,40 @@ def test_lengths_of_transforms_have_small_factors():
     assert [fft._fast_length(n) for n in (1, 2, 11, 13, 97, 230, 2049)] == [1, 2, 12, 14, 98, 240, 2058]
 
 
-@BOTH
-def test_half_types_are_refused(name):
-    g = fastconv.ConvGeometry.create((1, 2, 4, 4), (2, 2, 3, 3), dtype=np.dtype(np.float16))
-    assert (
-        "float32 and float64, not float16" in MODULES[name].supports(g.lifted("channels_first", g.dtype), "forward")[1]
-    )
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("name", "dtype"), [("im2col", "float16"), ("fft", "float16"), ("fft", "bfloat16")])
+def test_half_types_are_rounded_once(name, dtype, direction, data_format):
+    problem = conv_problem(CASES[1], np.dtype(dtype), normal)
+    got = emulate_conv(MODULES[name], problem, direction, data_format, bias=direction == "forward")
+    how = {"algorithm": name, "reduction_length": problem.lengths[direction]}
+    assert_close(got, expected(problem, direction), **how)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sums_of_several_products_of_halves_are_not_rounded(direction, data_format, monkeypatch):
+    """Whole numbers are exact up to 2048, so that each product is; sums of them in float16 would not be."""
+    monkeypatch.setattr(im2col, "CHAIN", 4)
+    im2col._block.cache_clear()
+    case = ConvCase("blocks", (3, 2, 3, 4), (3, 2, 2, 2), padding=1)
+    problem = conv_problem(case, np.dtype(np.float16), whole)
+    got = emulate_conv(im2col, problem, direction, data_format, bias=direction == "forward", limit=0)
+    assert np.array_equal(got, expected(problem, direction))
+    g = lifted(problem, data_format)
+    products = [s for s in im2col.steps(g, direction, limit=0) if isinstance(s, Call)]
+    assert len(products) > 1
+    adding = [s for s in im2col.steps(g, direction, limit=0) if "part" in getattr(s, "arguments", ())]
+    assert [int(s.arguments[6]) for s in adding] == ([0] * (len(adding) - 1) + [1] if adding else [])
+    assert bool(adding) == (direction == "weight_grad")
+    im2col._block.cache_clear()
+
+
+def test_products_of_bfloat16_are_refused():
+    g = fastconv.ConvGeometry.create((1, 2, 4, 4), (2, 2, 3, 3), dtype=np.dtype("bfloat16"))
+    ok, reason = im2col.supports(g.lifted("channels_first", g.dtype), "forward")
+    assert not ok
+    assert "float32, float64 and float16, not bfloat16" in reason
 
 
 def test_libraries_do_the_same():
@@ -154,9 +172,7 @@ def test_libraries_do_the_same():
 
 
 def launches(name, data_format, architecture):
-    shape = (4, 28, 28, 64) if data_format == "channels_last" else (4, 64, 28, 28)
-    g = fastconv.ConvGeometry.create(shape, (128, 64, 3, 3), padding=1, data_format=data_format)
-    g = g.lifted(data_format, np.dtype(np.float32))
+    g = layer(64, 128, data_format)
     found = [s for d in DIRECTIONS for s in MODULES[name].steps(g, d, architecture=architecture)]
     return {s.kernel.__name__: s for s in found if isinstance(s, Step)}
 
@@ -179,8 +195,7 @@ BUDGETS = [
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_kernels_keep_their_budget(name, data_format, kernel, registers, loads, stores, architecture):
     step = launches(name, data_format, architecture)[kernel]
-    made = compile_kernel(step.kernel, step.signature, architecture, step.launch_bounds)
-    # The way out of loops for sm_8x: jumps that ptxas writes as calls.
-    assert [f for f in budget(made, registers) if f != "2 CALL"] == []
+    made = compiled(step, architecture)
+    assert without_exits(budget(made, registers), architecture) == []
     mix = sass(made)
     assert (mix.count("LDG.E.128"), mix.count("STG.E.128")) == (loads, stores)

@@ -37,7 +37,7 @@ class Driver:
     def stream(self, handle):
         return f"stream {handle}"
 
-    def launch(self, stream, configuration, kernel, arguments):
+    def launch(self, stream, configuration, kernel, *arguments):
         self.calls.append(("launch", stream, configuration, kernel, arguments))
 
 

@@ -198,6 +198,28 @@ def test_adaptive_pools_and_their_gradients_are_the_oracles(shape, output, data_
     assert_close(dx, reference.adaptive_avg_pool_backward(grad, shape), reduction_length=40)
 
 
+INTEGERS = [np.int8, np.uint8, np.int16, np.int32, np.int64]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_maxima_of_integers_and_their_gradients_are_the_oracles(dtype, data_format):
+    case = PoolCase("", (1, 8, 5, 8), 3, 2, 1)
+    limits = np.iinfo(dtype)
+    x = np.random.default_rng(0).integers(limits.min, limits.max, case.x_shape, dtype, endpoint=True)
+    x[:, 0] = limits.min
+    y, where, _ = max_pooled(case, data_format, x)
+    # Numbers up to 2**63 are told apart by their ranks.
+    values, ranks = np.unique(x, return_inverse=True)
+    expected, places = reference.max_pool(ranks.reshape(x.shape).astype(np.float64), **how(case), spatial_dims=2)
+    assert np.array_equal(y, values[expected.astype(np.int64)])
+    assert np.array_equal(where, places)
+    grad = (np.arange(y.size) % 5).astype(dtype).reshape(y.shape)
+    dx, wrong = scattered(grad, where, (1, 5, 8), data_format, False)
+    assert np.array_equal(dx.reshape(x.shape), reference.max_pool_backward(grad, where, case.x_shape))
+    assert not wrong
+
+
 # --- gradients -------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +332,41 @@ def test_indices_outside_the_plane_are_told():
     assert not wrong
 
 
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_indices_outside_the_plane_count_for_nothing(data_format):
+    """Nothing is written or read where they point to, which the emulator would refuse."""
+    where = np.random.default_rng(1).integers(0, 30, (2, 4, 3, 4))
+    where.flat[::7] = np.resize([-1, -7, 30, 2**31 + 3, 2**32 + 3, 2**40, -(2**63), 2**63 - 1], where.flat[::7].shape)
+    x, inside = whole("outside", shape=where.shape), (where >= 0) & (where < 30)
+    added, latest = np.zeros((2, 4, 30), np.float32), np.zeros((2, 4, 30), np.float32)
+    for n, c, p, q in np.argwhere(inside):
+        added[n, c, where[n, c, p, q]] += x[n, c, p, q]
+        latest[n, c, where[n, c, p, q]] = x[n, c, p, q]
+    for wanted, takes_latest in ((added, False), (latest, True)):
+        y, wrong = scattered(x, where, (1, 5, 6), data_format, takes_latest)
+        assert np.array_equal(y.reshape(wanted.shape), wanted)
+        assert wrong
+    grad, out = whole("outside grad", shape=(2, 4, 5, 6)), poisoned(put(where, data_format).shape, np.float32)
+    shape = planes(where, data_format).shape
+    arrays = {"grad_output": put(grad, data_format), "indices": put(where, data_format), "out": out}
+    run.emulated(pool.gather((shape[0], 12, shape[4]), 30, grad.dtype, threads=THREADS), arrays)
+    read = np.take_along_axis(grad.reshape(2, 4, 30), np.where(inside, where, 0).reshape(2, 4, 12), 2)
+    assert np.array_equal(back(out, data_format), np.where(inside, read.reshape(where.shape), 0))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("case", [ROWS[1], CHANNELS[0]], ids=str)
+def test_indices_outside_their_window_count_for_nothing(case, data_format):
+    g = geometry_of(case, data_format)
+    x = whole("ties", case.name, shape=case.x_shape)
+    y, where = reference.max_pool(x, **how(case), spatial_dims=case.spatial_dims)
+    bad = where.copy()
+    bad.flat[::5] = np.resize([-1, 10**6, 2**32 + 1, -(2**63)], bad.flat[::5].shape)
+    y = y.astype(x.dtype)
+    dx = graded(pool.max_pool_grad(g, x.dtype, threads=THREADS), g, data_format, y, bad)
+    assert np.array_equal(dx, reference.max_pool_backward(np.where(bad == where, y, 0), where, case.x_shape))
+
+
 @given(case=pool_cases(), last=strategies.booleans())
 @settings(max_examples=15, deadline=None)
 def test_drawn_pools_are_the_oracles(case, last):
@@ -343,6 +400,13 @@ def step_of(what, data_format, dtype=np.float32, shape=None):
 def test_machine_code_keeps_its_budget(what, data_format, architecture):
     made = compiled(step_of(what, data_format), architecture)
     assert budget(made, 96, ("LDG.E.128", "STG.E.128")) == []
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_pools_of_integers_compile(dtype):
+    found = [step_of("max_pool", "channels_last", dtype)]
+    found += pool.scatter((8, 1, 28, 28, 64), (1, 56, 56), np.dtype(dtype))
+    assert [budget(compiled(step, "sm_90a"), 96) for step in found] == [[], [], [], []]
 
 
 def variants():

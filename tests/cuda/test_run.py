@@ -285,7 +285,7 @@ def test_tuning_measures_on_the_gpu(cupy, monkeypatch, tmp_path):
         assert np.array_equal(y.host, reference.conv(x, w, **how))
         ((entry, times),) = tuning.entries().items()
         assert entry.startswith("cuda forward")
-        assert entry.endswith("sm_90a NVIDIA_Emulated highest")
+        assert " sm_90a NVIDIA_Emulated kernels=" in entry
         # Depthwise convolution packs its weight first.
         assert (times["direct"], times["depthwise"]) == (0.001, 0.002)
         geometry = fastconv.ConvGeometry.create(x.shape, w.shape, dtype=x.dtype, **how)
@@ -362,6 +362,21 @@ def test_patches(cupy, dtype, batch):
     )
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_maxima_of_integers(cupy, dtype, data_format):
+    x = whole("x", shape=(2, 4, 6, 8)).astype(dtype)
+    how = {"kernel_size": 3, "stride": 2, "padding": 1, "data_format": data_format, "return_indices": True}
+    with fastconv.options(poison=True):
+        y, where = fastconv.max_pool2d(cupy.asarray(x), **how)
+        dx = fastconv.max_pool2d_backward(y, where, x.shape, data_format=data_format)
+    expected, places = fastconv.max_pool2d(x, **how)
+    assert np.array_equal(y.host, expected)
+    assert np.array_equal(where.host, places)
+    wanted = fastconv.max_pool2d_backward(expected, places, x.shape, data_format=data_format)
+    assert np.array_equal(dx.host, wanted)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_gradient_of_a_norm(cupy, power, dtype):
@@ -387,8 +402,8 @@ def test_an_index_outside_the_plane_counts_for_nothing(cupy):
 
 def test_what_has_no_kernels_says_so(cupy):
     x = cupy.asarray(np.zeros((1, 2, 4, 4), np.float32))
-    with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU max_pool pools float32, .*, not int32"):
-        fastconv.max_pool2d(cupy.asarray(np.zeros((1, 2, 4, 4), np.int32)), 2)
+    with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU avg_pool pools float32, .*, not int64"):
+        fastconv.avg_pool2d(cupy.asarray(np.zeros((1, 2, 4, 4), np.int64)), 2)
     small = cupy.asarray(np.zeros((1, 2, 4, 4), np.int8))
     with pytest.raises(fastconv.UnsupportedError, match=r"on a GPU it computes float32, .*, not int32"):
         fastconv.conv2d(small, small)

@@ -4,14 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from cases import emulate_conv, lifted
+from cases import FORMATS, drawn_case, emulate_conv, expected, layer, lifted
+from emulation import compiled
 from hypothesis import given, settings, strategies
 from support import DIRECTIONS, PROMISES, conv_problem, normal, whole
 
 import fastconv
 from fastconv import registry
-from fastconv.cuda import tensor_core, winograd, winograd_tensor_core
-from fastconv.cuda.compile import budget, compile_kernel, sass
+from fastconv.cuda import sums, tensor_core, winograd, winograd_tensor_core
+from fastconv.cuda.compile import budget, sass
 from fastconv.cuda.tensor_core import TF32X3
 from fastconv.cuda.tensor_core_kernels import Tile
 from fastconv.cuda.winograd_tensor_core import F2_BF16X6, F2_TF32X3, F4_BF16X6
@@ -19,7 +20,6 @@ from fastconv.testing import ConvCase, assert_close, rms_error
 
 # One warp, with tails in every dimension.
 SMALL = Tile(16, 16, 4, 1, 1, 2)
-FORMATS = ("channels_first", "channels_last")
 RECORDS = {
     a.name: a for a in registry.on("cuda") if isinstance(a.implementation, winograd_tensor_core.TensorCoreWinograd)
 }
@@ -27,12 +27,7 @@ TAILS = ConvCase("tails everywhere", (2, 3, 5, 6), (5, 3, 3, 3), padding=1)
 
 
 def compute(algorithm, problem, direction, data_format, **how):
-    how = {"bias": direction == "forward", "tile": SMALL, **how}
-    return emulate_conv(algorithm, problem, direction, data_format, **how)
-
-
-def expected(problem, direction):
-    return {"forward": problem.y, "input_grad": problem.grads[0], "weight_grad": problem.grads[1]}[direction]
+    return emulate_conv(algorithm, problem, direction, data_format, tile=SMALL, **how)
 
 
 def check(algorithm, problem, direction, data_format, **how):
@@ -77,13 +72,7 @@ def test_every_way_to_split_agrees_with_the_oracle(name, direction, data_format)
 @settings(max_examples=2, deadline=None)
 @given(strategies.data())
 def test_any_stride_1_convolution(data):
-    def draw(low, high):
-        return data.draw(strategies.integers(low, high))
-
-    kernel, groups = (draw(2, 4), draw(2, 4)), draw(1, 2)
-    shape = (1, groups * draw(1, 9), draw(3, 5), draw(3, 5))
-    padding = ((draw(0, 2), draw(1, 2)), (draw(1, 2), draw(0, 2)))
-    case = ConvCase("drawn", shape, (groups * draw(1, 9), shape[1] // groups, *kernel), padding=padding, groups=groups)
+    case = drawn_case(data, 5, 9, 9, kernel=(2, 4), stride=1, dilation=1)
     direction, data_format = data.draw(strategies.sampled_from(DIRECTIONS)), data.draw(strategies.sampled_from(FORMATS))
     algorithm = data.draw(strategies.sampled_from((F2_TF32X3, F2_BF16X6)))
     check(algorithm, conv_problem(case, np.float32, whole), direction, data_format)
@@ -116,7 +105,7 @@ def test_tiles_that_do_not_fit_the_limit_are_taken_in_slices():
 
 def test_parts_of_a_weight_gradient_are_added_up(monkeypatch):
     """There are two slices of two steps, shared out to three parts, the last of which is zero."""
-    monkeypatch.setattr(winograd_tensor_core, "LEAST_STEPS", 1)
+    monkeypatch.setattr(sums, "LEAST_STEPS", 1)
     winograd_tensor_core._sizes.cache_clear()
     problem = conv_problem(ConvCase("many tiles", (1, 2, 12, 16), (3, 2, 3, 3), padding=1), np.float32, whole)
     g = lifted(problem, "channels_last")
@@ -169,10 +158,8 @@ def test_what_it_refuses_has_a_reason():
 # --- machine code ----------------------------------------------------------------------------------------------
 
 
-def steps_of(algorithm, direction, architecture, data_format="channels_last"):
-    shape = (4, 28, 28, 64) if data_format == "channels_last" else (4, 64, 28, 28)
-    g = fastconv.ConvGeometry.create(shape, (128, 64, 3, 3), padding=1, data_format=data_format)
-    return algorithm.steps(g.lifted(data_format, np.dtype(np.float32)), direction, architecture=architecture)
+def steps_of(algorithm, direction):
+    return algorithm.steps(layer(64, 128, "channels_last"), direction)
 
 
 @pytest.mark.parametrize(("direction", "as_there"), [("forward", "input_grad"), ("weight_grad", "weight_grad")])
@@ -180,7 +167,7 @@ def test_the_products_are_those_of_implicit_gemm(direction, as_there):
     """Their machine code keeps its budget there."""
     g = fastconv.ConvGeometry.create((1, 9, 128), (64, 128, 1), data_format="channels_last", dtype="float32")
     theirs = TF32X3.steps(g.lifted("channels_last", g.dtype), as_there)
-    own = steps_of(F2_TF32X3, direction, "sm_90a")
+    own = steps_of(F2_TF32X3, direction)
     assert {s.kernel for s in own if s.shared_bytes} == {s.kernel for s in theirs if s.shared_bytes}
 
 
@@ -189,9 +176,9 @@ def test_the_products_are_those_of_implicit_gemm(direction, as_there):
     ("name", "registers", "loads", "architecture"), [("input", 180, 36, "sm_80"), ("grad", 140, 16, "sm_90a")]
 )
 def test_transforms_to_planes_keep_their_budget(name, registers, loads, architecture):
-    steps = steps_of(F4_BF16X6, "weight_grad", architecture)
+    steps = steps_of(F4_BF16X6, "weight_grad")
     step = next(s for s in steps if s.kernel.__name__ == f"winograd_{name}_6_lanes4_planes3")
-    made = compile_kernel(step.kernel, step.signature, architecture)
+    made = compiled(step, architecture)
     assert budget(made, registers) == []
     mix = sass(made)
     assert (mix.count("LDG.E.128"), mix.count("STG.E.64")) == (loads, 3 * 36)
