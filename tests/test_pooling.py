@@ -457,6 +457,18 @@ def test_a_view_over_channels_last_memory_is_not_copied_apart():
         assert VIEW.lies_right(y, x)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_channels_of_few_images(threads):
+    x = rng("few images").integers(-4, 5, (1, 37, 41, 50)).astype("float32")
+    with fastconv.options(threads=threads, poison=True):
+        y, where = fastconv.max_pool2d(LAST.put(x), 3, 2, 1, return_indices=True, data_format=LAST.data_format)
+        dx = fastconv.max_pool2d_backward(y, where, LAST.put(x).shape, data_format=LAST.data_format)
+        back = fastconv.max_unpool2d(y, where, 3, 2, 1, output_size=(41, 50), data_format=LAST.data_format)
+    expected = reference.max_pool_backward(LAST.back(y), LAST.back(where), x.shape)
+    np.testing.assert_array_equal(LAST.back(dx), expected)
+    np.testing.assert_array_equal(LAST.back(back), reference.max_unpool(LAST.back(y), LAST.back(where), (41, 50)))
+
+
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "generic"])
 @pytest.mark.parametrize("layout", [FIRST, LAST], ids=str)
 def test_every_instruction_set_has_its_vectors(monkeypatch, instructions, layout):

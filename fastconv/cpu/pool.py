@@ -23,12 +23,9 @@ from ..registry import Buffer
 from . import threads
 from .compile import device, inlined, kernel, share, task
 from .memory import address
-from .simd import integer, integers, store_integer, zero_bytes
+from .simd import copy_part, integer, integers, store_integer, zero_bytes
 from .simd_pool import (
-    ADD_ALL,
-    ADD_MATCHING,
     ELEMENTS,
-    LAST_MATCHING,
     MAXIMUM,
     PACKED,
     SUM,
@@ -37,7 +34,6 @@ from .simd_pool import (
     can_pack,
     deposit,
     element_lanes,
-    lay_out,
     packing_of,
     reduce_window,
     rows_together,
@@ -59,14 +55,8 @@ MOST_UNROLLED = 3
 MOST_TAPS = 64
 # Square windows up to this size and so far apart are unrolled when they are spread: one register for each element.
 MOST_KERNEL, MOST_STRIDE = 5, 3
-# A maximum compares for each tap: larger windows are scattered in less time.
-MOST_MATCHED = 3
-# Elements laid out at a time: beyond that the second-level cache is long left.
-MOST_BUFFERED = 1 << 20
-# Indices from which windows are guessed.
-SAMPLES = 128
-# What became of scattering by windows: an index was outside the plane, or not in its window.
-OUTSIDE, ASTRAY = 2, 1
+# Shares of the work for each thread where channels of images are scattered.
+SHARES = 2
 
 
 def maximum(dtype, shape, windows, pooled, with_indices):
@@ -299,33 +289,74 @@ def _divisor(given, count_padding, padded, inside):
     return float(count) if count != 0 else 1.0
 
 
-def scatter_add(dtype, shape, sizes, indices):
+def scatter_add(dtype, shape, sizes):
     """Return a function of (grad, indices, dx) that adds each gradient to the element its index names (-1: none).
 
-    It returns False if an index is outside the plane; indices like the given ones take it the least time.
+    It returns False if an index is outside the plane.
     """
-    return _scattering(ADD_MATCHING, dtype, shape, sizes, indices)
+    return _scatter(dtype, shape, sizes, adds=True)
 
 
-def scatter(dtype, shape, sizes, indices):
+def scatter(dtype, shape, sizes):
     """Return a function of (x, indices, y) that writes each value where its index says, the last one winning."""
-    return _scattering(LAST_MATCHING, dtype, shape, sizes, indices)
+    return _scatter(dtype, shape, sizes, adds=False)
 
 
-def _scattering(kind, dtype, shape, sizes, indices):
-    # Comparing pays where lanes are channels: in a plane, one element after the other takes a half to a third of that.
-    guesses = dtype.kind == "f" and indices.size and shape[-1] != 1
-    run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices) if guesses else None)
+def _scatter(dtype, shape, sizes, adds):
+    outer, *pooled, inner = shape
+    run = _scattering(_element(dtype)[0], dtype.itemsize, adds, inner == 1)
+    most = threads.count if _is_large(dtype, (outer, *sizes, inner)) else lambda: 1
+    numbers = np.array([0] * 5 + [outer, inner, math.prod(pooled), math.prod(sizes), 0], np.int64)
 
     def scatter(values, indices, target):
-        nonlocal run
-        state = run(values, indices, target)
-        if state & ASTRAY and not state & OUTSIDE:
-            # Other windows than last time, or none.
-            run = _spread(kind, dtype, shape, sizes, _guess(shape, sizes, indices))
-        return not state & OUTSIDE
+        chunks = most()
+        states, arguments = np.zeros(chunks, np.int64), numbers.copy()
+        arguments[:5] = chunks, address(values), address(indices), address(target), address(states)
+        # All channels of an image in one sweep, if there are images for all threads.
+        arguments[-1] = inner if chunks == 1 else min(inner, -(-outer * inner // (SHARES * chunks)))
+        run.start(arguments)
+        return not states.any()
 
     return scatter
+
+
+@lru_cache(maxsize=64)
+def _scattering(element, itemsize, adds, across):
+    """Return the task that scatters values by their indices, in scan order."""
+    ELEMENT, SIZE, ADDS, ACROSS = element, itemsize, int(adds), int(across)
+
+    @device
+    def scatter_image(values, where, target, inner, channels, windows, elements):
+        """Scatter some channels of an image, or a plane; return whether an index is outside."""
+        rows, length = (1, elements * inner) if channels == inner else (elements, channels)
+        for i in range(rows):
+            zero_bytes(target + i * inner * SIZE, length * SIZE)
+        wrong, pitch = False, 1 if ACROSS else inner
+        for i in range(windows):
+            for c in range(1 if ACROSS else channels):
+                position = integer(where, i * pitch + c)
+                if np.uint64(position) < np.uint64(elements):
+                    source, to = (i * pitch + c) * SIZE, (position * pitch + c) * SIZE
+                    deposit(ELEMENT, ADDS, values + source, target + to)
+                else:
+                    wrong |= (not ADDS) | (position != -1)
+        return wrong
+
+    @task
+    def scattering(arguments, chunk):
+        chunks, values, where, target, states, outer, inner, windows, elements, together = integers(arguments, 0, 10)
+        pieces = (inner + together - 1) // together
+        begin, end = share(outer * pieces, chunk, chunks)
+        wrong = False
+        for job in range(begin, end):
+            n, c = job // pieces, job % pieces * together
+            at, to = n * windows * inner + c, (n * elements * inner + c) * SIZE
+            wrong |= scatter_image(
+                values + at * SIZE, where + at * 8, target + to, inner, min(together, inner - c), windows, elements
+            )
+        store_integer(states, chunk, int(wrong))
+
+    return scattering
 
 
 class _Regular(NamedTuple):
@@ -338,56 +369,6 @@ class _Regular(NamedTuple):
     def is_unrolled(self):
         """Whether there is a kernel for them: square ones along H and W."""
         return self.kernels[1] == self.kernels[2] <= MOST_KERNEL and self.strides[1] == self.strides[2] <= MOST_STRIDE
-
-
-def _guess(shape, sizes, indices):
-    """Return the windows that some of the indices can come from, or None. The others need not."""
-    found = np.empty(9, np.int64)
-    _, O, P, Q, inner = shape
-    _sample(1, address(indices), indices.size, O, P, Q, inner, *sizes, address(found))
-    kernels, strides, firsts = found.reshape(3, 3).tolist()
-    # Square ones, if need be larger than they are.
-    if sizes[1] == 1:
-        strides[1] = strides[2]
-    kernels[1] = kernels[2] = max(*kernels[1:], strides[2])
-    windows = _Regular(tuple(kernels), tuple(strides), tuple(firsts))
-    return windows if windows.is_unrolled() and kernels[2] <= MOST_MATCHED else None
-
-
-@device
-def _narrower(extent, count, first, last, wider_first, wider_last):
-    """Return (kernel, stride, first) for the one of the two strides that the sizes allow that fits the indices."""
-    if wider_last - wider_first < last - first:
-        return wider_last - wider_first + 1, extent // count + 1, wider_first
-    return last - first + 1, max(extent // count, 1), first
-
-
-@device
-def _window_of(cell, axis, O, P, Q):
-    return cell // (P * Q) % O if axis == 0 else cell // Q % P if axis == 1 else cell % Q
-
-
-@task
-def _sample(arguments, chunk):
-    """Find kernel, stride and beginning of the windows along each dimension from some SAMPLES indices."""
-    _, where, size, O, P, Q, inner, D, H, W, found = integers(arguments, 0, 11)
-    # Odd, so that all columns have their turn.
-    step = (size // SAMPLES) | 1
-    for axis in range(3):
-        extent, count = (D, O) if axis == 0 else (H, P) if axis == 1 else (W, Q)
-        stride, first, last, wider_first, wider_last = max(extent // count, 1), extent, -extent, extent, -extent
-        # A dimension of one element tells nothing.
-        for i in range(0, size if extent > 1 else 0, step):
-            position = integer(where, i)
-            if np.uint64(position) < np.uint64(D * H * W):
-                window, at = _window_of(i // inner, axis, O, P, Q), _window_of(position, axis, D, H, W)
-                offset = at - window * stride
-                first, last = min(first, offset), max(last, offset)
-                wider_first, wider_last = min(wider_first, offset - window), max(wider_last, offset - window)
-        kernel, stride, first = _narrower(extent, count, first, last, wider_first, wider_last)
-        store_integer(found, axis, kernel if extent > 1 else 1)
-        store_integer(found, 3 + axis, stride)
-        store_integer(found, 6 + axis, first if extent > 1 else 0)
 
 
 class _Plan(NamedTuple):
@@ -424,46 +405,25 @@ def _plan(windows, lanes, across, pooled, sizes):
     return _Plan(starts[1], ends[1], starts[2], ends[2], top, rows, left, columns, size)
 
 
-def _spread(kind, dtype, shape, sizes, windows, divisor=1):
-    """Return a function that spreads what each window has over an array: by its windows if given, else by index.
-
-    It takes (values, indices or None, array) and returns OUTSIDE if an index is outside the plane, ASTRAY if one
-    comes from other windows, or their sum.
-    """
+def _spread(dtype, shape, sizes, windows, divisor):
+    """Return a function of (values, array) that spreads what each window has, divided, over its elements."""
     outer, *pooled, inner = shape
     across = inner == 1
     element, lanes = _element(dtype)
-    plan = _plan(windows, lanes, across, tuple(pooled), sizes) if windows else None
-    if plan is None or (plan.size > MOST_BUFFERED and kind != ADD_ALL):
-        windows, plan = _Regular((0, 0, 0), (1, 1, 1), (0, 0, 0)), _Plan(*[0] * 9)
+    plan = _plan(windows, lanes, across, tuple(pooled), sizes)
     is_large = _is_large(dtype, (outer, *sizes, inner))
-    run = _spreading(kind, element, dtype.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)
-    # Values, then numbers.
+    run = _spreading(element, dtype.itemsize, windows.kernels[2], windows.strides[2], across, sizes[0] > 1)
     size = -(-plan.size // 16) * 16
     numbers = np.array(
-        [0, 0, 0, 0, 0, 0, size, outer, inner, *pooled, *sizes,
+        [0, 0, 0, 0, size, outer, inner, *pooled, *sizes,
          windows.kernels[0], windows.strides[0], *windows.firsts, *plan[:-1], divisor], np.int64
     )  # fmt: skip
 
-    def spread(values, indices, target):
-        chunks = threads.count() if is_large else 1
-        states, arguments = np.zeros(chunks, np.int64), numbers.copy()
-        arguments[0], arguments[1], arguments[3], arguments[4] = (
-            chunks,
-            address(values),
-            address(target),
-            address(states),
-        )
-        if indices is not None:
-            arguments[2] = address(indices)
-        if size == 0:
+    def spread(values, target):
+        chunks, arguments = threads.count() if is_large else 1, numbers.copy()
+        with workspace({"buffer": Buffer((chunks, size), dtype)}) as lent:
+            arguments[:4] = chunks, address(values), address(target), address(lent["buffer"])
             run.start(arguments)
-        else:
-            buffers = {"buffer": Buffer((chunks, size * (dtype.itemsize + 4)), np.dtype(np.uint8))}
-            with workspace(buffers) as lent:
-                arguments[5] = address(lent["buffer"])
-                run.start(arguments)
-        return int(states.max()) if indices is not None else 0
 
     return spread
 
@@ -476,38 +436,38 @@ def _element(dtype):
 
 
 @lru_cache(maxsize=64)
-def _spreading(kind, element, itemsize, kernel, stride, across, deep):
-    """Return the task that spreads square windows of one size; kernel 0: that scatters by index."""
-    KIND, ELEMENT, SIZE, KERNEL, STRIDE = kind, element, itemsize, kernel, stride
-    ACROSS, LANES, ADDS = int(across), element_lanes(element), int(kind == ADD_MATCHING)
+def _spreading(element, itemsize, kernel, stride, across, deep):
+    """Return the task that spreads square windows of one size."""
+    ELEMENT, SIZE, KERNEL, STRIDE, ACROSS, LANES = (
+        element,
+        itemsize,
+        kernel,
+        stride,
+        int(across),
+        element_lanes(element),
+    )
     # Elements from one window to the next in the buffer, and windows in a vector.
     CELL, STEP = (1, LANES) if across else (LANES, 1)
     ROWS, DEEP = rows_together(stride), int(deep)
 
     @device
-    def lay_out_all(arguments, values_at, where_at, to_values, to_numbers, count):
-        """Lay out a plane, or some channels of an image; return how many indices are inside the plane."""
-        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
-        top, rows, left, columns = integers(arguments, 24, 4)
-        valid = 0
+    def lay_out(arguments, values_at, to, count):
+        """Lay out a plane, or some channels of an image: rows and columns without windows stay zeros."""
+        inner, O, P, Q = integers(arguments, 6, 4)
+        top, rows, left, columns = integers(arguments, 22, 4)
         for o in range(O):
             for p in range(P):
                 for q in range(0, Q, STEP):
                     at = ((o * P + p) * Q + q) * inner
                     cell = ((o * rows + p - top) * columns + q - left) * CELL
-                    valid += lay_out(
-                        KIND, ELEMENT, LANES, values_at + at * SIZE, where_at + at * 8,
-                        min(count, Q - q) if ACROSS else count, D * H * W,
-                        to_values + cell * SIZE, to_numbers + cell * 4,
-                    )  # fmt: skip
-        return valid
+                    part = min(count, Q - q) if ACROSS else count
+                    copy_part(LANES, SIZE, to + cell * SIZE, values_at + at * SIZE, part)
 
     @device
-    def spread(arguments, values, numbers, target, count):
-        """Write the elements that all windows reach; return how many values found theirs."""
-        inner, O, P, Q, D, H, W, d_kernel, d_stride, d_first, h_first, w_first = integers(arguments, 8, 12)
-        h0, h1, w0, w1, top, rows, left, columns, divisor = integers(arguments, 20, 9)
-        found = 0
+    def spread(arguments, values, target, count):
+        """Write the elements that all windows reach."""
+        inner, O, P, Q, D, H, W, d_kernel, d_stride, d_first, h_first, w_first = integers(arguments, 6, 12)
+        h0, h1, w0, w1, top, rows, left, columns, divisor = integers(arguments, 18, 9)
         for d in range(D):
             o0 = max(-((d_kernel - 1 + d_first - d) // d_stride), 0)
             o1 = min((d - d_first) // d_stride + 1, O)
@@ -516,58 +476,25 @@ def _spreading(kind, element, itemsize, kernel, stride, across, deep):
                 for q in range(w0, w1, STEP):
                     w = q * STRIDE + w_first
                     cell = ((o0 * rows + p - top) * columns + q - left) * CELL
-                    at = (d * H + h) * W + w
-                    found += spread_windows(
-                        KIND, ELEMENT, LANES, ACROSS, KERNEL, STRIDE, values + cell * SIZE, numbers + cell * 4,
-                        max(o1 - o0, 0) if DEEP else 1, rows * columns * CELL, columns * CELL, CELL,
-                        at + 1, h, H, w, W, count,
-                        target + at * inner * SIZE, W * inner * SIZE, inner * SIZE, float(divisor),
+                    spread_windows(
+                        ELEMENT, LANES, ACROSS, KERNEL, STRIDE, values + cell * SIZE,
+                        max(o1 - o0, 0) if DEEP else 1, rows * columns * CELL, columns * CELL, CELL, h, H, w, W, count,
+                        target + ((d * H + h) * W + w) * inner * SIZE, W * inner * SIZE, inner * SIZE, float(divisor),
                     )  # fmt: skip
-        return found
-
-    @device
-    def scatter_plane(arguments, values_at, where_at, target_at, count):
-        """Scatter by index, in scan order; return whether one is outside the plane."""
-        inner, O, P, Q, D, H, W = integers(arguments, 8, 7)
-        # Zeros are still in the cache when they are added to.
-        for i in range(1 if ACROSS else D * H * W):
-            zero_bytes(target_at + i * inner * SIZE, D * H * W * SIZE if ACROSS else count * SIZE)
-        wrong, pitch = False, 1 if ACROSS else inner
-        for i in range(O * P * Q):
-            for c in range(1 if ACROSS else count):
-                position = integer(where_at, i * pitch + c)
-                if np.uint64(position) < np.uint64(D * H * W):
-                    source, to = (i * pitch + c) * SIZE, (position * pitch + c) * SIZE
-                    deposit(ELEMENT, ADDS, values_at + source, target_at + to)
-                else:
-                    wrong |= (not ADDS) | (position != -1)
-        return wrong
 
     @task
     def spreading(arguments, chunk):
         """Planes, or vectors of channels."""
-        chunks, source, where, target, states, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 15)
-        values = buffer + chunk * size * (SIZE + 4)
-        numbers = values + size * SIZE
-        zero_bytes(values if KIND == ADD_ALL else numbers, size * (SIZE if KIND == ADD_ALL else 4))
+        chunks, source, target, buffer, size, outer, inner, O, P, Q, D, H, W = integers(arguments, 0, 13)
+        values = buffer + chunk * size * SIZE
+        zero_bytes(values, size * SIZE)
         blocks = (inner + LANES - 1) // LANES
         begin, end = share(outer * blocks, chunk, chunks)
-        state = 0
         for job in range(begin, end):
             n, c = job // blocks, job % blocks * LANES
-            count, at = min(LANES, inner - c), n * O * P * Q * inner + c
-            channels = LANES if ACROSS else count
-            target_at = target + (n * D * H * W * inner + c) * SIZE
-            found = 0
-            if KERNEL > 0:
-                valid = lay_out_all(arguments, source + at * SIZE, where + at * 8, values, numbers, channels)
-                if valid == O * P * Q * count:
-                    found = spread(arguments, values, numbers, target_at, channels)
-            astray = KIND != ADD_ALL and (KERNEL == 0 or found < O * P * Q * count)
-            if astray:
-                outside = scatter_plane(arguments, source + at * SIZE, where + at * 8, target_at, count)
-                state |= OUTSIDE if outside else ASTRAY if KERNEL > 0 else 0
-        store_integer(states, chunk, state)
+            channels = LANES if ACROSS else min(LANES, inner - c)
+            lay_out(arguments, source + (n * O * P * Q * inner + c) * SIZE, values, channels)
+            spread(arguments, values, target + (n * D * H * W * inner + c) * SIZE, channels)
 
     return spreading
 
@@ -583,16 +510,12 @@ def average_grad(geometry, dtype, shape, sizes, count_padding, divisor):
     """Return a function of (grad, dx) that writes the gradient of the average with respect to its input."""
     regular, divisor = _spread_average(geometry, count_padding, divisor)
     if regular and math.prod(shape):
-        spread = _spread(ADD_ALL, dtype, shape, sizes, regular, divisor or 1)
+        spread = _spread(dtype, shape, sizes, regular, divisor or 1)
     else:
         inverse = [_inverse(w.tobytes(), size) for w, size in zip(geometry.windows, sizes)]
-        gradients = average(dtype, shape, inverse, sizes, False, divisor or 1)
-
-        def spread(grad, indices, dx):
-            gradients(grad, dx)
-
+        spread = average(dtype, shape, inverse, sizes, False, divisor or 1)
     if divisor != 0:
-        return lambda grad, dx: spread(grad, None, dx)
+        return spread
     counts = _counts(geometry, count_padding)
     per_window = np.maximum(np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2]), 1)[..., None]
     buffers = {"shares": Buffer(shape, dtype)}
@@ -600,7 +523,7 @@ def average_grad(geometry, dtype, shape, sizes, count_padding, divisor):
     def share_out(grad, dx):
         with workspace(buffers) as lent:
             shares = np.divide(grad.reshape(shape), per_window, out=lent["shares"], casting="unsafe")
-            spread(shares, None, dx)
+            spread(shares, dx)
 
     return share_out
 

@@ -319,7 +319,7 @@ def prepared_max_pool_backward(grad_output, indices, input_shape, data_format):
         return None
     shape = planes_shape(grad_output.shape, data_format)
     sizes = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
-    compute, make = pool.scatter_add(dtype, shape, sizes, indices), allocator(input_shape, dtype)
+    compute, make = pool.scatter_add(dtype, shape, sizes), allocator(input_shape, dtype)
 
     def run(grad_output, indices, dx=None):
         dx = make() if dx is None else dx
@@ -338,7 +338,7 @@ def _scattered(how, values, indices, batch, channels, spatial, data_format):
     target = empty(join_shape(batch, channels, spatial, stored), dtype)
     where = in_format(indices, data_format, stored, np.dtype(np.int64))
     shape, sizes = planes_shape(where.shape, stored), planes_shape(target.shape, stored)[1:4]
-    valid = how(dtype, shape, sizes, where)(in_format(values, data_format, stored, dtype), where, target)
+    valid = how(dtype, shape, sizes)(in_format(values, data_format, stored, dtype), where, target)
     return _given_back(target, stored, data_format, values.dtype), valid
 
 

@@ -274,63 +274,24 @@ def rows_together(stride):
     return 4 if stride == 1 else 1
 
 
-# What `spread_windows` does with the values of the windows an element is in.
-ADD_MATCHING, LAST_MATCHING, ADD_ALL = range(3)
-
-
-@intrinsic(prefer_literal=True)
-def lay_out(typing_context, kind, element, lanes, values, indices, count, plane, to_values, to_numbers):
-    """Lay out a vector for `spread_windows`: `count` values and their indices plus one, zeros from there on.
-
-    An index that is not in range(plane) becomes zero; returned is how many are.
-    """
-    matching, kind_of, shape = kind.literal_value != ADD_ALL, element.literal_value, lanes.literal_value
-
-    def generate(context, builder, signature, args):
-        values, indices, count, plane, to_values, to_numbers = args[3:]
-        vector, wide = ir.VectorType(_element_type(kind_of)[0], shape), ir.VectorType(I64, shape)
-        narrow = ir.VectorType(I32, shape)
-        inside = lanes_below(builder, count, shape)
-        value = masked_load(builder, builder.inttoptr(values, vector.as_pointer()), inside, vector)
-        store_unaligned(builder, value, to_values)
-        if not matching:
-            return count
-        index = masked_load(builder, builder.inttoptr(indices, wide.as_pointer()), inside, wide)
-        valid = builder.and_(inside, builder.icmp_unsigned("<", index, splat(builder, plane, shape)))
-        number = builder.add(builder.trunc(index, narrow), ir.Constant(narrow, [1] * shape))
-        number = builder.select(valid, number, ir.Constant(narrow, [0] * shape))
-        store_unaligned(builder, number, to_numbers)
-        return _set_lanes(builder, valid)
-
-    return types.int64(kind, element, lanes, *[types.int64] * 6), generate
-
-
-def _set_lanes(builder, mask):
-    """Return how many lanes of a mask are set."""
-    bits = builder.bitcast(mask, ir.IntType(mask.type.count))
-    wide = ir.IntType(max(mask.type.count, 8))
-    return builder.zext(builder.ctpop(bits if bits.type == wide else builder.zext(bits, wide)), I64)
-
-
 @intrinsic(prefer_literal=True)
 def spread_windows(
-    typing_context, kind, element, lanes, across, kernel, stride,
-    values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
-    target, target_row, target_column, divisor,
+    typing_context, element, lanes, across, kernel, stride,
+    values, depths, depth_step, row_step, column_step, h, H, w, W, count, target, target_row, target_column, divisor,
 ):  # fmt: skip
     """Write `stride` columns of a few rows for each lane: the sums of the values of the windows that hold them.
 
     The rows are those of `rows_together(stride)` windows. Lanes are neighbouring windows (`across`), or else the
     first `count` are channels. A window is `kernel` x `kernel`; one begins at (h, w), the first element. In elements
-    from `values` and `numbers`, the window before is a row or column step back, and the next of `depths` a depth step
-    on. A value takes part where its number is that of the element, `position` for the first; returned is how many
-    did. With ADD_ALL each does, and the sum is divided.
+    from `values`, the window before is a row or column step back, and the next of `depths` a depth step on. Sums are
+    divided.
     """
-    shape = [t.literal_value for t in (kind, element, lanes, across, kernel, stride)]
-    signature = types.int64(kind, element, lanes, across, kernel, stride, *[types.int64] * 15, types.float64)
+    shape = [t.literal_value for t in (element, lanes, across, kernel, stride)]
+    signature = types.void(element, lanes, across, kernel, stride, *[types.int64] * 13, types.float64)
 
     def generate(context, builder, signature, args):
-        return _Spread(builder, *shape).generate(*args[6:])
+        _Spread(builder, *shape).generate(*args[5:])
+        return context.get_dummy_value()
 
     return signature, generate
 
@@ -338,8 +299,8 @@ def spread_windows(
 class _Spread:
     """Generates `spread_windows`: a register for each of the elements, and each window loaded once for all."""
 
-    def __init__(self, builder, kind, element, lanes, across, kernel, stride):
-        self.builder, self.kind, self.lanes, self.across = builder, kind, lanes, across
+    def __init__(self, builder, element, lanes, across, kernel, stride):
+        self.builder, self.lanes, self.across = builder, lanes, across
         self.kernel, self.stride = kernel, stride
         self.vector = ir.VectorType(_element_type(element)[0], lanes)
         self.numbers = ir.VectorType(I32, lanes)
@@ -347,40 +308,31 @@ class _Spread:
         self.cells = [(a, t) for a in range(self.height) for t in range(stride)]
 
     def generate(
-        self, values, numbers, depths, depth_step, row_step, column_step, position, h, H, w, W, count,
-        target, target_row, target_column, divisor,
+        self, values, depths, depth_step, row_step, column_step, h, H, w, W, count, target, target_row, target_column,
+        divisor,
     ):  # fmt: skip
         builder = self.builder
         rows = [self._below(builder.add(h, self._number(a)), H) for a in range(self.height)]
         columns = [self._columns(builder.add(w, self._number(t)), W, count) for t in range(self.stride)]
-        wanted = {}
-        for a, t in self.cells if self.kind != ADD_ALL else ():
-            first = builder.add(position, builder.add(builder.mul(W, self._number(a)), self._number(t)))
-            inside = builder.and_(columns[t], splat(builder, rows[a], self.lanes))
-            wanted[a, t] = builder.select(inside, self._from(first), ir.Constant(self.numbers, [-1] * self.lanes))
         zeros = ir.Constant(self.vector, [0.0] * self.lanes)
         sums = {cell: cgutils.alloca_once_value(builder, zeros) for cell in self.cells}
-        matches = cgutils.alloca_once_value(builder, self._number(0))
         earlier = range((self.kernel - 1) // self.stride, -1, -1)
         with cgutils.for_range(builder, depths) as depth:
             start = builder.mul(depth.index, depth_step)
-            # In scan order, as a scatter would add them.
+            # In scan order.
             later = range(-1, -rows_together(self.stride), -1)
             for i, j in ((i, j) for i in (*earlier, *later) for j in earlier):
                 back = builder.add(builder.mul(row_step, self._number(i)), builder.mul(column_step, self._number(j)))
-                self._window(i, j, builder.sub(start, back), values, numbers, wanted, sums, matches)
+                self._window(i, j, self._at(values, builder.sub(start, back)), sums)
         length = self.stride * self.lanes if self.across else self.stride
         whole = builder.and_(self._below(w, W), self._below(builder.add(w, self._number(length - 1)), W))
         if not self.across:
             whole = builder.and_(whole, builder.icmp_signed("==", count, self._number(self.lanes)))
         for a in range(self.height):
             with builder.if_then(rows[a]):
-                results = [builder.load(sums[a, t]) for t in range(self.stride)]
-                if self.kind == ADD_ALL:
-                    results = [self._divided(result, divisor) for result in results]
+                results = [self._divided(builder.load(sums[a, t]), divisor) for t in range(self.stride)]
                 place = builder.add(target, builder.mul(target_row, self._number(a)))
                 self._store(results, columns, whole, place, target_column, w, W)
-        return builder.load(matches)
 
     def _number(self, value):
         return ir.Constant(I64, value)
@@ -403,30 +355,18 @@ class _Spread:
         inside = builder.icmp_unsigned("<", self._from(w), self._splat(W))
         return inside if self.across else builder.and_(inside, lanes_below(builder, count, self.lanes))
 
-    def _window(self, i, j, offset, values, numbers, wanted, sums, matches):
+    def _window(self, i, j, value, sums):
         """Add one window's value to the elements it holds."""
         builder, kernel, stride = self.builder, self.kernel, self.stride
-        value, matching = self._at(values, offset, self.vector), None
-        number = self._at(numbers, offset, self.numbers) if wanted else None
         for a, t in self.cells:
-            if not 0 <= a + i * stride < kernel or t + j * stride >= kernel:
-                continue
-            before = builder.load(sums[a, t])
-            after = value if self.kind == LAST_MATCHING else builder.fadd(before, value)
-            if wanted:
-                match = builder.icmp_signed("==", number, wanted[a, t])
-                after = builder.select(match, after, before)
-                # A number is that of one element at most.
-                matching = builder.or_(matching, match) if matching else match
-            builder.store(after, sums[a, t])
-        if matching:
-            builder.store(builder.add(builder.load(matches), _set_lanes(builder, matching)), matches)
+            if 0 <= a + i * stride < kernel and t + j * stride < kernel:
+                builder.store(builder.fadd(builder.load(sums[a, t]), value), sums[a, t])
 
-    def _at(self, base, offset, vector):
+    def _at(self, base, offset):
         """Load the vector that begins so many elements from an address."""
-        builder = self.builder
-        place = builder.add(base, builder.mul(offset, self._number(nbytes_of(vector.element))))
-        return load_vector(builder, builder.inttoptr(place, I8P), 0, vector, nbytes_of(vector.element))
+        builder, nbytes = self.builder, nbytes_of(self.vector.element)
+        place = builder.add(base, builder.mul(offset, self._number(nbytes)))
+        return load_vector(builder, builder.inttoptr(place, I8P), 0, self.vector, nbytes)
 
     def _divided(self, total, divisor):
         builder, kind = self.builder, self.vector.element
