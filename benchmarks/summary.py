@@ -174,7 +174,9 @@ def table(results: Record) -> list[list[str]]:
         for i, f in enumerate(found):
             target = group.targets[i] if i < len(group.targets) else "-"
             alike = "-" if f is None else " : ".join(number(f.alike[data_format]) for data_format in DATA_FORMATS)
-            row += ["-"] * 4 if f is None else [number(f.mean), target, number(f.worst), alike]
+            row += (
+                ["-"] * 4 if f is None else [number(f.mean), target + _missed(f.mean, target), number(f.worst), alike]
+            )
         if any(found):
             rows.append(row)
     return rows
@@ -192,6 +194,12 @@ def text(results: Record) -> str:
     return "\n".join([*lines, *(["wrong or failed, not timed:", *wrong] if wrong else [])])
 
 
+def _missed(mean: float, target: str) -> str:
+    """Return the mark of a target that is missed: of those that suppose AMX it cannot be said."""
+    first = target.partition(" ")[0]
+    return " missed" if first not in ("-", "AMX") and round(mean, 2) < float(first) else ""
+
+
 def training_lines(results: Record, shown: Sequence[str]) -> list[str]:
     """Return images per second of the training steps at some precisions."""
     lines = []
@@ -199,10 +207,17 @@ def training_lines(results: Record, shown: Sequence[str]) -> list[str]:
         for level in shown if cell["kind"] == "training" else ():
             sides = ("fastconv", ""), ("fastconv.torch", "inside enabled() "), ("torch", "PyTorch ")
             found = [(word, fastest(cell, level, provider)) for provider, word in sides]
-            speeds = [f"{word}{cell['images'] * 1e3 / entry['ms']:,.0f} images/s" for word, entry in found if entry]
+            speeds = [
+                f"{word}{_two_digits(cell['images'] * 1e3 / entry['ms']):,} images/s" for word, entry in found if entry
+            ]
             if found[0][1] and found[-1][1]:
                 lines.append(f"training {cell['network']}, {level}: {', '.join(speeds)}")
     return lines
+
+
+def _two_digits(value: float) -> int:
+    """Return a number as precisely as steps in different processes agree."""
+    return int(float(f"{value:.2g}"))
 
 
 def regret_lines(results: Record) -> list[str]:

@@ -25,6 +25,7 @@ amx                FASTCONV_AMX                "on"        use AMX where there i
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import types
@@ -86,11 +87,15 @@ def _check_threads(option: str, value: Any) -> int | None:
 
 
 def _check_integer(option: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise ArgumentTypeError(f"{option} must be an integer, not {value!r}")
-    if value < minimum:
+    if number < minimum:
         raise ArgumentError(f"{option} must be at least {minimum}, not {value!r}")
-    return int(value)
+    return number
 
 
 def _check_flag(option: str, value: Any) -> bool:

@@ -85,7 +85,17 @@ def key(
 
 
 def described(entry: str) -> tuple[str, ...]:
-    """Return what a name of :func:`key` says: layer, direction, data format, dtype, threads or GPU, precision."""
+    """Return what a name of :func:`key` says: layer, direction, data format, dtype, threads or GPU, precision.
+
+    A name that says nothing of the kind stands for itself.
+    """
+    try:
+        return _described(entry)
+    except (KeyError, ValueError):
+        return (entry, *[""] * 5)
+
+
+def _described(entry: str) -> tuple[str, ...]:
     _, direction, dtype, data_format, *words, precision = entry.split()
     given = dict(word.split("=") for word in words if "=" in word)
     sizes = {name: given[name].split("x") for name in _USUAL}
@@ -228,7 +238,7 @@ def _read() -> Entries:
     except OSError as error:
         _warn_once(f"measured times in {path} cannot be read ({error})")
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _set_aside(path, error)
         return {}
     return content["entries"]

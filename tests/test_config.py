@@ -58,6 +58,11 @@ def test_the_nearest_value_holds(option, monkeypatch):
     assert getattr(config, option) == default
 
 
+def test_several_integers_are_no_integer():
+    with pytest.raises(ArgumentTypeError, match="threads must be an integer, not array"):
+        fastconv.options(threads=np.array([1, 2])).__enter__()
+
+
 def test_a_block_ends_with_an_error_too():
     with pytest.raises(KeyError, match="inside"), fastconv.options(threads=1):
         raise KeyError("inside")

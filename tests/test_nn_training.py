@@ -272,6 +272,29 @@ def test_a_model_may_add_the_channels_itself():
     assert nn.predict(model, np.zeros((6, 4, 4), np.float32)).shape == (6, 2)
 
 
+def test_a_layer_may_add_the_channels_itself():
+    class Layer(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x[:, None])
+
+    class Convolution(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x[:, None])
+
+    x = np.zeros((6, 4, 4), np.float32)
+    for layers in ((Layer(), nn.Conv2d(1, 2, 3)), (Convolution(1, 2, 3),)):
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2))
+        assert nn.predict(model, x).shape == (6, 2)
+
+
+def test_predictions_are_a_row_for_each_sample():
+    with pytest.raises(fastconv.ShapeError, match=r"must return a row for each of 8 samples, not shape \(3,\)"):
+        nn.predict(nn.Sequential(nn.Linear(8, 3)), np.zeros(8, np.float32))
+    images = np.zeros((8, 6, 6), np.float32)
+    with pytest.raises(fastconv.ShapeError, match="a row for each of 8 samples"):
+        nn.predict(nn.Sequential(nn.Concat(nn.Conv2d(8, 3, 3, padding=1)), nn.AdaptiveAvgPool2d(1)), images)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(fastconv.ArgumentError, match="optimizer has none of the model's parameters"):
         nn.Trainer(linear(), nn.SGD(linear().parameters(), lr=0.1))

@@ -338,6 +338,14 @@ def test_contenders_that_are_timed_apart_take_turns_in_processes_of_their_own(mo
 # --- the README's table ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("mean", "target", "mark"),
+    [(1.79, "1.8", " missed"), (1.796, "1.8", ""), (2.0, "1.6 (AMX 2.2)", ""), (0.5, "AMX 1.4", ""), (0.5, "-", "")],
+)
+def test_targets_that_are_missed_are_marked(mean, target, mark):
+    assert summary._missed(mean, target) == mark
+
+
 def test_the_readme_shows_means_targets_and_both_ends_and_a_file_every_layer_with_losses_in_bold():
     machine = {"cpu": "abacus", "features": ["beads"], "threads": 2, "versions": {"torch": "2"}}
     lost = {**cell(0.5, 0.25), "direction": "weight_grad"}
@@ -352,5 +360,5 @@ def test_the_readme_shows_means_targets_and_both_ends_and_a_file_every_layer_wit
     assert "| mnist | 2.00 | - |" in every.split("| training step |")[1]
     assert "- slower than PyTorch: 1 of 3 cells at highest (in bold; " in text
     assert "| net layer weight_grad | **0.50** | net layer forward | 2.00 |" in text
-    assert "- training mnist, highest: 128,000 images/s, PyTorch 64,000" in text
+    assert "- training mnist, highest: 130,000 images/s, PyTorch 64,000" in text
     assert "| training step | 1 | 2.00 | 1.6 | 2.00 |" in text

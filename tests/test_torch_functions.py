@@ -313,6 +313,18 @@ def test_gradients_of_norms_to_the_second_order(power):
     assert torch.autograd.gradgradcheck(norm, x)
 
 
+def test_the_third_gradient_of_a_norm_at_zero_is_pytorchs():
+    def third(pool):
+        x = torch.tensor([[[0.0, 3.0, 4.0]]], dtype=torch.float64, requires_grad=True)
+        found = pool(x, 2, 3).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(found, x, create_graph=True)
+            found = (g * torch.tensor([1.0, 2.0, 3.0])).sum()
+        return g.detach()
+
+    torch.testing.assert_close(third(ft.lp_pool1d), third(F.lp_pool1d))
+
+
 def test_second_gradients_of_norms_at_zero_are_pytorchs():
     x = tensor("norm", shape=(2, 2, 4, 6)).detach()
     x[..., ::2] = 0

@@ -470,11 +470,35 @@ def test_a_block_is_its_threads_alone_and_threads_work_at_once():
             torch.testing.assert_close(y, wanted)
 
 
+@pytest.mark.parametrize("power", ["2", torch.tensor(2), torch.tensor(3.0)], ids=repr)
+def test_norms_that_pytorch_makes_numbers_of(power):
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LPPool2d(power, 2), nn.Conv2d(2, 2, 2)), image(1, 1, 9, 9)
+    expected = model(x)
+    done = ft.convert(model)
+    assert len(done.swapped) == (2 if float(power) % 2 else 3)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_enabled_checks_its_arguments():
     with pytest.raises(fastconv.ArgumentError, match="algorithm must be one of"):
         ft.enabled(algorithm="quick")
     with pytest.raises(fastconv.ArgumentError, match="precision must be one of"):
         ft.enabled(precision="most")
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"call the model inside the block, or use convert\(model\)"):
+        ft.enabled(nn.Conv2d(1, 1, 1))
+    with pytest.raises(fastconv.ArgumentTypeError, match=r"model must be a torch\.nn\.Module, not <class"):
+        ft.convert(nn.Conv2d)
+
+
+def test_enabled_counts_what_fastconv_has_none_of():
+    x = image(2, 4, 8, 8)
+    with ft.enabled() as found:
+        nn.FractionalMaxPool2d(2, 3)(x)
+        F.fractional_max_pool2d(x, 2, 3, return_indices=True)
+        torch.conv_tbc(image(5, 2, 3), image(3, 3, 4), image(4))
+    assert not found.routed
+    names = ["conv_tbc", "fractional_max_pool2d", "fractional_max_pool2d_with_indices"]
+    assert found.left == {(name, "fastconv has none"): 1 for name in names}
 
 
 # --- data loaders ----------------------------------------------------------------------------------------------

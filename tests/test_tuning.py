@@ -381,6 +381,11 @@ def test_the_command_measures_shows_and_forgets(capsys, measured):
     layer = "2x4x9x9, 4 filters 3x3"
     assert lines[0].split("  ")[:2] == [layer, "forward"]
     assert all(line.startswith(layer) and "  im2col 0.002, " in line for line in lines)
+    for flag in ("--show", "--clear"):
+        # Neither measures the layer, nor is about that one alone.
+        with pytest.raises(SystemExit):
+            cli.main(["tune", flag, *TINY])
+        assert "leave --network and --input out" in capsys.readouterr().err
     assert cli.main(["tune", "--clear"]) == 0
     assert capsys.readouterr().out.startswith("forgot 4 convolutions of ")
     assert tuning.count() == 0
@@ -405,6 +410,19 @@ def test_what_was_measured_is_told_in_words(how, words):
     there = tuning.key(inner, g.dtype, "forward", "cuda", "sm_90a", "high", "NVIDIA H200")
     assert tuning.described(here) == (words, "forward", "channels_first", "float32", "threads 2", "high")
     assert tuning.described(there)[4] == "sm_90a NVIDIA_H200"
+
+
+@pytest.mark.parametrize("entry", ["foo", "conv forward float32 channels_first n=1 high", ""])
+def test_names_that_say_nothing_stand_for_themselves(entry):
+    assert tuning.described(entry) == (entry, "", "", "", "", "")
+
+
+def test_a_file_of_too_many_brackets_is_set_aside():
+    tuning.record(entry(), {"direct": 1.0})
+    tuning.file().write_text("[" * 100_000)
+    tuning.reload()
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert tuning.count() == 0
 
 
 def test_a_line_of_pixels_has_one_dimension_and_a_single_pixel_too():

@@ -60,14 +60,16 @@ def add_tune(commands: Any) -> None:
     flags.add_layers(parser)
     flags.add_kinds(parser.add_argument_group("what to measure"), "both")
     kept = parser.add_argument_group("what is known")
-    kept.add_argument("--clear", action="store_true", help="forget every time measured on this machine, first")
-    kept.add_argument("--show", action="store_true", help="list the convolutions measured and their fastest algorithm")
+    kept.add_argument("--clear", action="store_true", help="forget every time measured on this machine")
+    kept.add_argument("--show", action="store_true", help="list the convolutions measured, and their times")
     parser.add_argument("--quiet", action="store_true")
 
 
 def _tune(args: argparse.Namespace) -> int:
     from .. import tuning
 
+    if (args.show or args.clear) and (args.network or args.input):
+        raise UsageError("tune --show and --clear are for all that has been measured: leave --network and --input out")
     if not (args.network or args.input or args.clear or args.show):
         raise UsageError("tune needs --network, --input, --show or --clear")
     flags.check_kinds(args)

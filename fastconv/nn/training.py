@@ -301,7 +301,7 @@ def predict(model: Module, x: Array, *, batch_size: int = 256) -> Array:
     _check_input(model, x)
     batch_size = integer("batch_size", batch_size, 1)
     with evaluating(model):
-        parts = (model(a) for a, _ in _batches(model, x, x, batch_size, None))
+        parts = (_rows(model, a) for a, _ in _batches(model, x, x, batch_size, None))
         first = next(parts, None)
         if first is None:
             return model(_converted(model, x))
@@ -310,6 +310,13 @@ def predict(model: Module, x: Array, *, batch_size: int = 256) -> Array:
         for i, part in enumerate(parts, 1):
             result[i * batch_size : i * batch_size + len(part)] = part
     return result
+
+
+def _rows(model: Module, batch: Array) -> Array:
+    found = model(batch)
+    if found.shape[:1] != batch.shape[:1]:
+        raise ShapeError(f"the model must return a row for each of {len(batch)} samples, not shape {found.shape}")
+    return found
 
 
 class _Means:
@@ -396,7 +403,9 @@ def _check_input(model: Module, x: Any) -> None:
 
 
 def _entrance(module: Module) -> Module | None:
-    """Return the layer that sees the input as it is given, where that shows."""
-    if not isinstance(module, Sequential) or type(module).forward is not Sequential.forward:
+    """Return the layer that sees the input as it is given, where that shows: not through a `forward` of the user's."""
+    if not type(module).forward.__module__.startswith(__package__ + "."):
+        return None
+    if not isinstance(module, Sequential):
         return module
     return next((found for found in map(_entrance, module) if not isinstance(found, Elementwise)), None)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx.proxy import Proxy, TraceError
 
 from .. import arrays, registry, selection
-from ..errors import ArgumentTypeError, FastconvError, UnsupportedError
+from ..errors import ArgumentTypeError, FastconvError, UnsupportedError, shown
 from ..geometry import DIRECTIONS, ConvGeometry
 from . import convolution, pooling
 from ._operators import to_array, unscriptable
@@ -41,8 +41,8 @@ class _Weighted(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what differs from the defaults."""
-        shown = [super().extra_repr(), *(f"{n}={getattr(self, n)!r}" for n in _DEFAULTS)]
-        return ", ".join(shown)
+        parts = [super().extra_repr(), *(f"{n}={getattr(self, n)!r}" for n in _DEFAULTS)]
+        return ", ".join(parts)
 
 
 def _conv_forward(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -76,7 +76,7 @@ def _avg_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
 
 
 def _lp_pool(dims: int, self: Any, input: torch.Tensor) -> torch.Tensor:
-    return pooling.lp_poolNd(dims, input, self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+    return pooling.lp_poolNd(dims, input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
 def _max_unpool(
@@ -208,6 +208,8 @@ def convert(model: nn.Module, algorithm: str = "auto", precision: str | None = N
     >>> type(model[0]).__module__
     'torch.nn.modules.conv'
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown(model)}")
     how, done = _checked(algorithm, precision), Conversion()
     for name, module in model.named_modules():
         kind = type(module)
@@ -231,7 +233,7 @@ def _refusal(module: Any, algorithm: str, precision: str | None) -> str:
     """Return why a module cannot be computed, or not by the algorithm asked for; mostly nothing."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.pooling._LPPoolNd):
-        return pooling.norm_refusal(module.norm_type)
+        return pooling.norm_refusal(float(module.norm_type))
     if not isinstance(module, nn.modules.conv._ConvNd) or not isinstance(weight, torch.Tensor):
         return ""
     try:

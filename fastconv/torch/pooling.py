@@ -451,7 +451,9 @@ class _Norm:
         # An average without its division.
         self.taps, self.average = prod(sizes("kernel_size", window[0], self.dims, 1)), (self.dims, window, True, None)
         self.n = LP_POOL(x, how)
-        self.share, self.slope = _power(self.n, 1 - self.p), x.sign() * _power(x, self.p - 1)
+        # Of the sign there is no derivative, which x itself has at 0.
+        self.slope = x if self.p == 2 else x.sign() * _power(x, self.p - 1)
+        self.share = _power(self.n, 1 - self.p)
 
     def gathered(self, t: torch.Tensor) -> torch.Tensor:
         return self.taps * AVG_POOL(t, self.average)

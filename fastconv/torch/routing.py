@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import _CheckpointFrame
 
 from .. import registry, selection
-from ..errors import FastconvError, UnsupportedError
+from ..errors import ArgumentTypeError, FastconvError, UnsupportedError
 from ..geometry import ConvGeometry
 from . import convolution, pooling
 from ._operators import checked_tensor, data_format_of, to_array
@@ -56,6 +56,8 @@ class enabled(TorchFunctionMode):
 
     def __init__(self, algorithm: str = "auto", precision: str | None = None) -> None:
         super().__init__()
+        if isinstance(algorithm, torch.nn.Module):
+            raise ArgumentTypeError("enabled() takes no model: call the model inside the block, or use convert(model)")
         registry.named(algorithm, "cpu")
         selection.checked_precision(precision)
         self.algorithm, self.precision = algorithm, precision
@@ -279,6 +281,13 @@ def _adaptive_max_pool_with_indices(dims: int) -> Callable[..., Any]:
     )
 
 
+def _none(dims: int) -> Callable[..., Any]:
+    def route(mode: enabled, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("fastconv has none")
+
+    return route
+
+
 def _routes() -> dict[Any, tuple[str, Callable[..., Any]]]:
     """Return PyTorch's functions with the name to report and the function to call, for those this version has."""
     made = {
@@ -287,8 +296,12 @@ def _routes() -> dict[Any, tuple[str, Callable[..., Any]]]:
         "max_unpool{}d": _max_unpool, "adaptive_avg_pool{}d": _adaptive_avg_pool,
         "adaptive_max_pool{}d": _adaptive_max_pool,
         "adaptive_max_pool{}d_with_indices": _adaptive_max_pool_with_indices,
+        "fractional_max_pool{}d": _none, "fractional_max_pool{}d_with_indices": _none,
     }  # fmt: skip
-    found: dict[Any, tuple[str, Callable[..., Any]]] = {torch.convolution: ("convolution", _convolution)}
+    found: dict[Any, tuple[str, Callable[..., Any]]] = {
+        torch.convolution: ("convolution", _convolution),
+        torch.conv_tbc: ("conv_tbc", _none(1)),
+    }
     for pattern, make in made.items():
         for dims in (1, 2, 3):
             name = pattern.format(dims)
