@@ -2,8 +2,8 @@
 
 Two libraries bring two thread pools. A pool that waits for work keeps cores busy for a while, and a pool that sleeps is
 slow to wake, so that on few cores calls that take turns one by one measure each other. Here every callable runs
-in blocks of its own: it is called until it is warm, then timed; blocks of all callables alternate, so that a change in
-the machine's speed meets them all. Only ratios within one run mean anything.
+in blocks of its own: all pools go to sleep, it is called until it is warm, then timed; blocks of all callables
+alternate, so that a change in the machine's speed meets them all. Only ratios within one run mean anything.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import gc
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 import numpy as np
 
 BLOCKS = 3
+# Seconds at a time, and times at most, that a block waits until the threads of the one before have gone to sleep.
+REST, MOST_RESTS = 0.005, 60
 # Part of a block that goes by before its calls count.
 WARM_SHARE = 0.25
 # Shortest time that is read off the clock at once: shorter calls are timed several together.
@@ -68,6 +70,7 @@ def measure(
         for key, call in calls.items():
             if samples[key] and (max(samples[key]) >= PATIENCE or (spent[key] >= budget and not thorough)):
                 continue
+            _rest()
             start = clock()
             with _no_collection():
                 samples[key] += _block(call, budget / BLOCKS, clock, thorough)
@@ -95,6 +98,15 @@ def _block(call: Callable[[], Any], seconds: float, clock: Callable[[], float], 
         samples.append((now - before) / number)
         before = now
     return samples
+
+
+def _rest() -> None:
+    """Wait until no thread of the process is busy: those of OpenBLAS wait for work so for a tenth of a second."""
+    for _ in range(MOST_RESTS):
+        before = process_time()
+        sleep(REST)
+        if process_time() - before < REST / 10:
+            break
 
 
 @contextmanager

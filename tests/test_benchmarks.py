@@ -204,6 +204,14 @@ def test_the_table_is_aligned_and_marks_what_auto_takes():
     assert header.index("ratio") + len("ratio") == len(lines[1])
 
 
+def test_a_block_waits_until_no_thread_is_busy(monkeypatch):
+    used, slept = iter([0.0, 0.005, 0.005, 0.01, 0.01, 0.01]), []
+    monkeypatch.setattr(timing, "process_time", lambda: next(used))
+    monkeypatch.setattr(timing, "sleep", slept.append)
+    timing._rest()
+    assert slept == [timing.REST] * 3
+
+
 def test_times_that_say_little_are_marked():
     assert report.noise_text(ROWS) == ""
     noisy = [replace(ROWS[0], ms_q20=1.8, ms_q80=2.4), replace(ROWS[1], ms_q80=40.0), ROWS[3]]
