@@ -461,9 +461,13 @@ def _launches_of(make: Callable[..., list[Step]], library: DeviceLibrary, *argum
     return ready(make(*arguments), library.device)
 
 
+def _dtypes(name: str) -> tuple[str, ...]:
+    """Return what there are kernels for: maxima alone are taken of integers."""
+    return (*SUPPORTED, *INTEGERS) if name.startswith("max_pool") else SUPPORTED
+
+
 def _require_dtype(name: str, array: DeviceArray) -> None:
-    """Refuse what there are no kernels for: maxima alone are taken of integers."""
-    if array.dtype.name not in (allowed := (*SUPPORTED, *INTEGERS) if name.startswith("max_pool") else SUPPORTED):
+    if array.dtype.name not in (allowed := _dtypes(name)):
         raise UnsupportedError(f"on a GPU {name} pools {', '.join(allowed)}, not {array.dtype}")
 
 
@@ -587,7 +591,7 @@ def _prepared_pool(
     backward: bool = False, indices: bool = False,
 ) -> Prepared | None:  # fmt: skip
     """Return a function of one array that is a whole call, as `calls` keeps it, or None."""
-    if dtype.name not in (*SUPPORTED, *INTEGERS):
+    if dtype.name not in _dtypes(make.__name__):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
@@ -624,7 +628,7 @@ def prepared_max_pool_backward(
     """Return a function of (grad_output, indices) that is a whole call, or None; the arrays have a batch."""
     dtype, shape = grad_output.dtype, planes_shape(grad_output.shape, data_format)
     size = planes_shape((1,) * (grad_output.ndim - len(input_shape)) + input_shape, data_format)[1:4]
-    if dtype.name not in (*SUPPORTED, *INTEGERS):
+    if dtype.name not in _dtypes("max_pool_backward"):
         return None
 
     def launches(library: DeviceLibrary, *given: Any) -> tuple[list[Launch], Mapping[str, Buffer]]:
