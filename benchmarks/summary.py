@@ -172,11 +172,12 @@ def table(results: Record) -> list[list[str]]:
         found = [mean(group, results, level) for level in shown]
         row = [group.name, str(max((f.count for f in found if f), default=0))]
         for i, f in enumerate(found):
+            if f is None:
+                row += ["-"] * 4
+                continue
             target = group.targets[i] if i < len(group.targets) else "-"
-            alike = "-" if f is None else " : ".join(number(f.alike[data_format]) for data_format in DATA_FORMATS)
-            row += (
-                ["-"] * 4 if f is None else [number(f.mean), target + _missed(f.mean, target), number(f.worst), alike]
-            )
+            alike = " : ".join(number(f.alike[data_format]) for data_format in DATA_FORMATS)
+            row += [number(f.mean), target + _missed(f.mean, target), number(f.worst), alike]
         if any(found):
             rows.append(row)
     return rows

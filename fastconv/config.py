@@ -87,11 +87,12 @@ def _check_threads(option: str, value: Any) -> int | None:
 
 
 def _check_integer(option: str, value: Any, minimum: int) -> int:
+    # `geometry.integer` would load NumPy, which importing the package does not.
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = operator.index(value)
     except TypeError:
         number = None
-    if number is None:
+    if number is None or isinstance(value, bool):
         raise ArgumentTypeError(f"{option} must be an integer, not {value!r}")
     if number < minimum:
         raise ArgumentError(f"{option} must be at least {minimum}, not {value!r}")

@@ -305,11 +305,11 @@ def scatter(dtype, shape, sizes):
 def _scatter(dtype, shape, sizes, adds):
     outer, *pooled, inner = shape
     run = _scattering(_element(dtype)[0], dtype.itemsize, adds, inner == 1)
-    most = threads.count if _is_large(dtype, (outer, *sizes, inner)) else lambda: 1
+    is_large = _is_large(dtype, (outer, *sizes, inner))
     numbers = np.array([0] * 5 + [outer, inner, math.prod(pooled), math.prod(sizes), 0], np.int64)
 
     def scatter(values, indices, target):
-        chunks = most()
+        chunks = threads.count() if is_large else 1
         states, arguments = np.zeros(chunks, np.int64), numbers.copy()
         arguments[:5] = chunks, address(values), address(indices), address(target), address(states)
         # All channels of an image in one sweep, if there are images for all threads.
@@ -438,14 +438,8 @@ def _element(dtype):
 @lru_cache(maxsize=64)
 def _spreading(element, itemsize, kernel, stride, across, deep):
     """Return the task that spreads square windows of one size."""
-    ELEMENT, SIZE, KERNEL, STRIDE, ACROSS, LANES = (
-        element,
-        itemsize,
-        kernel,
-        stride,
-        int(across),
-        element_lanes(element),
-    )
+    ELEMENT, SIZE, LANES = element, itemsize, element_lanes(element)
+    KERNEL, STRIDE, ACROSS = kernel, stride, int(across)
     # Elements from one window to the next in the buffer, and windows in a vector.
     CELL, STEP = (1, LANES) if across else (LANES, 1)
     ROWS, DEEP = rows_together(stride), int(deep)

@@ -1,6 +1,6 @@
 """Threads: launching Numba kernels from any Python thread, under any threading layer, before and after a fork.
 
-Three facts shape this module.
+These facts shape this module.
 
 - Numba's workqueue layer aborts the process when two threads enter parallel kernels at once, so launches take
   turns under it. The OpenMP and TBB layers need no turns. Which layer there is is known only after the first launch.

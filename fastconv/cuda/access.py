@@ -307,15 +307,6 @@ def _conflicts(place: np.ndarray, actor: np.ndarray, write: np.ndarray) -> np.nd
     return (mixed & written)[where]
 
 
-def _distinct(*columns: np.ndarray) -> np.ndarray:
-    """Return one column that numbers the rows of several, as small numbers."""
-    total = np.zeros(columns[0].size, np.int64)
-    for column in columns:
-        _, small = np.unique(column, return_inverse=True)
-        total = total * (int(small.max()) + 1) + small
-    return total
-
-
 def _per_request(request: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return, for each request in ascending order, how many different keys it has."""
     pairs = np.unique(np.stack([request, keys]), axis=1)[0]
